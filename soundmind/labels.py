@@ -54,10 +54,11 @@ _TAG = re.compile(r"</?think>", re.IGNORECASE)
 _MARKER = re.compile(r"answer[*_`\"' \t]{0,8}:")
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _SPOKEN_WORD = re.compile(r"[^\W_]+")
+_LONGEST_PHRASE = 1000  # characters; a megabyte after `Answer:` is not worth splitting
 _SPOKEN_TAIL = 400  # characters of a transcript in which its last words are looked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelSet:
     """The verdicts a task allows. `labels[i]` is the canonical form of label `i`.
 
@@ -66,8 +67,7 @@ class LabelSet:
 
     name: str
     labels: tuple[str, ...]
-    spellings: Mapping[str, str] = field(repr=False, compare=False)
-    longest: int = field(repr=False, compare=False)  # characters in the longest spelling
+    spellings: Mapping[str, str] = field(repr=False)
 
     @classmethod
     def build(cls, name: str, labels: Mapping[str, Iterable[str]] | Iterable[str]) -> LabelSet:
@@ -79,7 +79,7 @@ class LabelSet:
         spellings: dict[str, str] = {}
         for label, others in table.items():
             for spelling in (label, *others):
-                phrase = " ".join(str(spelling).lower().split())
+                phrase = _phrase(spelling)
                 if not phrase or spellings.setdefault(phrase, label) != label:
                     raise ValueError(
                         f"label set {name!r}: spelling {spelling!r} of {label!r} is empty or "
@@ -87,14 +87,19 @@ class LabelSet:
                     )
         if len(table) < 2:
             raise ValueError(f"label set {name!r} needs two labels or more, got {list(table)}")
-        return cls(name, tuple(table), spellings, max(map(len, spellings)))
+        return cls(name, tuple(table), spellings)
 
     def read(self, statement: str) -> str | None:
         """Return the label that `statement` is, give or take case, wrapping and punctuation."""
-        phrase = statement.lower().strip().lstrip(_OPENING).rstrip(_CLOSING)
-        if len(phrase) > 2 * self.longest + 8:  # longer than any spelling with emphasis inside
-            return None
-        return self.spellings.get(" ".join(word.strip(_EMPHASIS) for word in phrase.split()))
+        return self.spellings.get(_phrase(statement))
+
+
+def _phrase(statement: str) -> str:
+    """Lower-case words of a statement, freed of what may wrap a verdict or follow it."""
+    bare = statement.lower().strip().lstrip(_OPENING).rstrip(_CLOSING)
+    if len(bare) > _LONGEST_PHRASE:
+        return ""
+    return " ".join(word.strip(_EMPHASIS) for word in bare.split())
 
 
 ENTAILMENT = LabelSet.build("entailment", {NOT_ENTAILED: ["not entailed"], ENTAILED: []})
