@@ -1,0 +1,315 @@
+"""Everything about a training run that can be known before Ray starts, checked in one pass.
+
+`require(config)` raises `CheckError` with *all* problems, each naming what is wrong and what to do next.
+verl itself would notice most of them minutes later, inside a worker, and some of them never: an
+unsupported processor becomes text-only training, and old reward keys are ignored.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+VERL_VERSION = "0.9.1"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class CheckError(ValueError):
+    """One or more problems with a configuration; `problems` lists them."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} found before anything was started:\n" + "\n".join(
+            f"  - {problem}" for problem in problems
+        ))
+
+
+def require(config: DictConfig) -> None:
+    """Raise `CheckError` with every problem found in `config`."""
+    problems = list(find_problems(config))
+    if problems:
+        raise CheckError(problems)
+
+
+def find_problems(config: DictConfig) -> Iterator[str]:
+    """Problems of `config`, cheap checks first; the model is read only when its folder is there."""
+    for check in (
+        versions,
+        reward_keys,
+        reward_settings,
+        device,
+        group_size,
+        batch_sizes,
+        lengths,
+        data_files,
+    ):
+        yield from check(config)
+    model_problems = list(model_folder(config))
+    yield from model_problems
+    if not model_problems:
+        yield from processor_and_prompts(config)
+
+
+def versions(config: DictConfig) -> Iterator[str]:
+    """The plugin relies on internals of one verl release, each pinned by a test."""
+    try:
+        found = importlib.metadata.version("verl")
+    except importlib.metadata.PackageNotFoundError:
+        yield "verl is not installed; run `bash scripts/setup.sh`"
+        return
+    if found != VERL_VERSION:
+        yield f"verl {found} is installed, SoundMind needs {VERL_VERSION}; run `bash scripts/setup.sh`"
+
+
+def reward_keys(config: DictConfig) -> Iterator[str]:
+    """verl 0.9.1 reads `reward.custom_reward_function` and ignores the old top-level key."""
+    if OmegaConf.select(config, "custom_reward_function.path"):
+        yield (
+            "custom_reward_function.path is set at the top level, where verl 0.9.1 ignores it; move it "
+            "to reward.custom_reward_function.path"
+        )
+    if not OmegaConf.select(config, "reward.custom_reward_function.path"):
+        yield (
+            "reward.custom_reward_function.path is not set, so verl would fall back to its built-in "
+            "scorers; set it to pkg://soundmind.rewards"
+        )
+    if OmegaConf.select(config, "reward_model.reward_manager") not in (None, "naive"):
+        yield "reward_model.reward_manager is ignored by verl 0.9.1; use reward.reward_manager.name"
+
+
+def reward_settings(config: DictConfig) -> Iterator[str]:
+    """Preset, weights and plug-in components resolve, and an ideal response can be scored."""
+    function = config.reward.custom_reward_function
+    if function.path != "pkg://soundmind.rewards":
+        return
+    from soundmind.labels import ENTAILED, answer_line
+    from soundmind.rewards import compute_score
+
+    keywords = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
+    try:
+        compute_score(
+            "soundmind/check",
+            f"<think>It follows.</think>\n{answer_line(ENTAILED)}",
+            ENTAILED,
+            {"response_tokens": 8, "reference_tokens": 8, "reference_words": 4},
+            **keywords,
+        )
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+        yield f"reward.custom_reward_function.reward_kwargs: {error}"
+
+
+def device(config: DictConfig) -> Iterator[str]:
+    """The accelerators that the configuration wants are there."""
+    ranks = config.trainer.n_gpus_per_node
+    if config.run.device == "cpu":
+        if config.trainer.device != "cpu":
+            yield "run.device=cpu needs trainer.device=cpu; put base/cpu into the defaults list"
+        return
+    from soundmind.run_folder import gpu_names
+
+    gpus = gpu_names()
+    if OmegaConf.select(config, "ray_kwargs.ray_init.address"):
+        return  # the GPUs are the cluster's, not this machine's
+    if not gpus:
+        yield (
+            f"the configuration wants {ranks} GPUs and this machine shows none (nvidia-smi). Without a "
+            "GPU train the stand-in: CONFIG=grpo_tiny_cpu bash main_grpo.sh"
+        )
+    elif len(gpus) < ranks:
+        yield (
+            f"trainer.n_gpus_per_node={ranks} and this machine has {len(gpus)}; set "
+            f"trainer.n_gpus_per_node={len(gpus)}"
+        )
+
+
+def group_size(config: DictConfig) -> Iterator[str]:
+    """GRPO compares the responses of a group with one another."""
+    n = config.actor_rollout_ref.rollout.n
+    if config.algorithm.adv_estimator == "grpo" and n < 2:
+        yield (
+            f"actor_rollout_ref.rollout.n={n}: GRPO has no group to compare with and would use the raw "
+            "score as advantage; use n >= 2"
+        )
+
+
+def batch_sizes(config: DictConfig) -> Iterator[str]:
+    """Batches divide into mini-batches, and mini-batches over the ranks."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    train, mini, n = config.data.train_batch_size, actor.ppo_mini_batch_size, rollout.n
+    gpus = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    sequence_parallel = actor.get("ulysses_sequence_parallel_size", 1) or 1
+    ranks = gpus // sequence_parallel
+    if sequence_parallel != 1:
+        yield (
+            "actor.ulysses_sequence_parallel_size must be 1: verl has no input slicing for this model"
+        )
+    if train % mini:
+        yield (
+            f"data.train_batch_size={train} is not a multiple of ppo_mini_batch_size={mini} (prompts); "
+            f"nearest that work: {_nearest(train, lambda value: value % mini == 0)}"
+        )
+    if mini * n % ranks:
+        yield (
+            f"ppo_mini_batch_size={mini} x rollout.n={n} = {mini * n} responses do not divide over "
+            f"{ranks} ranks; nearest ppo_mini_batch_size that work: "
+            f"{_nearest(mini, lambda value: value * n % ranks == 0)}"
+        )
+    micro = actor.ppo_micro_batch_size_per_gpu
+    if not actor.use_dynamic_bsz and micro and mini * n % ranks == 0 and mini * n // ranks % micro:
+        yield (
+            f"ppo_micro_batch_size_per_gpu={micro} does not divide the {mini * n // ranks} responses "
+            "of a rank's mini-batch"
+        )
+    if not actor.use_dynamic_bsz and not micro:
+        yield (
+            "set actor.ppo_micro_batch_size_per_gpu, or actor.use_dynamic_bsz=True with "
+            "actor.ppo_max_token_len_per_gpu; verl reads no other form"
+        )
+    tensor_parallel = rollout.tensor_model_parallel_size
+    if gpus % tensor_parallel:
+        yield f"rollout.tensor_model_parallel_size={tensor_parallel} does not divide {gpus} GPUs"
+
+
+def _nearest(value: int, works: Callable[[int], bool]) -> str:
+    """The closest values below and above that satisfy `works`, as text."""
+    below = next((v for v in range(value, 0, -1) if works(v)), None)
+    above = next(v for v in range(value + 1, value * 2 + 4097) if works(v))
+    return " or ".join(str(v) for v in (below, above) if v)
+
+
+def lengths(config: DictConfig) -> Iterator[str]:
+    """Prompt and response fit the engine and a micro-batch."""
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    total = prompt + response
+    if rollout.max_model_len is not None and rollout.max_model_len < total:
+        yield (
+            f"rollout.max_model_len={rollout.max_model_len} is below max_prompt_length + "
+            f"max_response_length = {total}; set it to at least {total}"
+        )
+    for key, budget in (
+        ("actor.ppo_max_token_len_per_gpu", actor.ppo_max_token_len_per_gpu),
+        ("rollout.log_prob_max_token_len_per_gpu", rollout.log_prob_max_token_len_per_gpu),
+    ):
+        if actor.use_dynamic_bsz and budget < total:
+            yield f"{key}={budget} is below one sequence of {total} tokens; raise it"
+
+
+def data_files(config: DictConfig) -> Iterator[str]:
+    """The Parquet files are there."""
+    for key in ("train_files", "val_files"):
+        for path in _paths(config.data[key]):
+            if not Path(path).is_file():
+                yield f"data.{key}: {path} not found. Make it with: {_prepare_command(config, path)}"
+
+
+def _paths(value: Any) -> list[str]:
+    return list(value) if isinstance(value, (list, ListConfig)) else [value]
+
+
+def _prepare_command(config: DictConfig, path: str) -> str:
+    if config.run.prepare == "practice":
+        return "python -m soundmind.prepare --config-name grpo_tiny_cpu"
+    mode = Path(path).parent.name
+    mode = mode if mode in ("audio", "text", "dual") else "audio"
+    return f"bash scripts/download_data.sh && python -m soundmind.preprocess --mode {mode}"
+
+
+def model_folder(config: DictConfig) -> Iterator[str]:
+    """The model is a complete local folder, or plainly a Hub id."""
+    path = str(config.actor_rollout_ref.model.path)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        for name in ("config.json", "tokenizer_config.json"):
+            if not (folder / name).is_file():
+                yield f"{path} has no {name}; a complete Qwen2.5-Omni folder is needed"
+        if not any(folder.glob("*.safetensors")):
+            yield f"{path} has no *.safetensors weights"
+        return
+    if HUB_ID.fullmatch(path) and not Path(path.split("/")[0]).exists():
+        return  # fetched from the Hub by the processes that load it
+    if config.run.prepare == "practice":
+        command = "python -m soundmind.prepare --config-name grpo_tiny_cpu"
+    else:
+        command = f"hf download Qwen/Qwen2.5-Omni-7B --local-dir {path}"
+    yield f"actor_rollout_ref.model.path: {path} not found. Make it with: {command}"
+
+
+def processor_and_prompts(config: DictConfig) -> Iterator[str]:
+    """The processor can be built, and the longest prompt of every file fits."""
+    from soundmind.processor import load_processor, max_clip_seconds
+
+    try:
+        processor = load_processor(str(config.actor_rollout_ref.model.path))
+    except ValueError as error:
+        yield str(error)
+        return
+    if (window := max_clip_seconds(processor)) < 300:
+        yield (
+            f"{config.actor_rollout_ref.model.path}: the processor's window is {window:.0f} s; the "
+            "published one is 300 s, and a shorter one cuts clips without a word"
+        )
+    budget = config.data.max_prompt_length
+    files = [*_paths(config.data.train_files), *_paths(config.data.val_files)]
+    for path in sorted({file for file in files if Path(file).is_file()}):
+        yield from longest_prompt(path, processor, budget)
+
+
+def longest_prompt(path: str, processor: Any, budget: int) -> Iterator[str]:
+    """One problem if the longest prompt of the Parquet file exceeds `budget` tokens."""
+    row_id, tokens = longest_prompt_tokens(path, processor)
+    if tokens > budget:
+        yield (
+            f"{path}: row {row_id} makes a prompt of {tokens} tokens and data.max_prompt_length is "
+            f"{budget}; set it to at least {math.ceil(tokens / 64) * 64}"
+        )
+
+
+def longest_prompt_tokens(path: str, processor: Any) -> tuple[str, int]:
+    """Id and exact token count of the longest prompt in a Parquet file, without decoding a clip.
+
+    A clip's tokens are stored in its row; text is rendered and counted once per distinct wording.
+    """
+    import pyarrow.parquet as parquet
+
+    @lru_cache(maxsize=100_000)
+    def text_tokens(messages: str) -> int:
+        rendered = processor.apply_chat_template(
+            json.loads(messages), tokenize=False, add_generation_prompt=True
+        )
+        return len(processor.tokenizer(rendered)["input_ids"])
+
+    longest = ("none", 0)
+    for batch in parquet.ParquetFile(path).iter_batches(columns=["prompt", "extra_info"]):
+        for row in batch.to_pylist():
+            messages, clips = _without_clips(row["prompt"])
+            info = row["extra_info"]
+            # Each clip's one placeholder token gives way to its audio tokens.
+            tokens = text_tokens(json.dumps(messages)) + (info["audio_tokens"] - 1) * clips
+            longest = max(longest, (str(info["id"]), tokens), key=lambda found: found[1])
+    return longest
+
+
+def _without_clips(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Messages with every clip replaced by a constant, and how many clips there were."""
+    clips = 0
+    plain = []
+    for message in messages:
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "audio":
+                clips += 1
+                parts.append({"type": "audio", "audio": "clip"})
+            else:
+                parts.append({"type": part["type"], "text": part["text"]})
+        plain.append({"role": message["role"], "content": parts})
+    return plain, clips

