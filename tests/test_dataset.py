@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("verl")
+tiny = pytest.importorskip("soundmind.tiny")
+
+from omegaconf import OmegaConf  # noqa: E402
+from verl.utils.dataset.rl_dataset import (  # noqa: E402
+    RLHFDataset,
+    collate_fn,
+    get_dataset_class,
+)
+
+from soundmind import preprocess  # noqa: E402
+from soundmind.audio import load_waveform  # noqa: E402
+from soundmind.dataset import AudioRLHFDataset, ClipCache, load_clip  # noqa: E402
+from soundmind.prompts import build_messages  # noqa: E402
+
+CUSTOM = {"path": "pkg://soundmind.dataset", "name": "AudioRLHFDataset"}
+MakeData = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return tiny.build_processor(tiny.build_tokenizer(tiny.tokenizer_corpus()))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    processor.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache() -> None:
+    AudioRLHFDataset.clips.clear()
+
+
+def prepare(root: Path, mode: str, tokenizer: object = "none", *arguments: str) -> Path:
+    command = ["--mode", mode, "--data-dir", str(root), "--tokenizer", str(tokenizer)]
+    assert preprocess.main([*command, "--splits", "train", "--workers", "1", *arguments]) == 0
+    return root / "parquet" / mode / "train.parquet"
+
+
+def load(paths: list[Path], processor: Any, kind: type = AudioRLHFDataset, **settings: Any) -> Any:
+    values = {"max_prompt_length": 2048, "filter_overlong_prompts": False, **settings}
+    config = OmegaConf.create({**values, "custom_cls": CUSTOM})
+    return kind([str(path) for path in paths], processor.tokenizer, config, processor=processor)
+
+
+def decode(messages: list[dict[str, Any]], **settings: Any) -> list[np.ndarray] | None:
+    """What the agent loop gets when it asks the class for a prompt's clips."""
+    config = OmegaConf.create(settings)
+    hook = AudioRLHFDataset.process_multi_modal_info
+    images, videos, audios = asyncio.run(hook(messages, image_patch_size=14, config=config))
+    assert images is None and videos is None
+    return audios
+
+
+def true_length(processor: Any, row: dict[str, Any]) -> int:
+    """Prompt length by doing it: template, decoding, processor."""
+    text = processor.apply_chat_template(
+        row["raw_prompt"], add_generation_prompt=True, tokenize=False
+    )
+    clips = decode(row["raw_prompt"])
+    keys = {"audio": clips, "sampling_rate": 16_000} if clips else {}
+    return len(processor(text=text, **keys)["input_ids"][0])
+
+
+def test_class_is_found_by_its_package_path() -> None:
+    assert get_dataset_class(OmegaConf.create({"custom_cls": CUSTOM})) is AudioRLHFDataset
+
+
+@pytest.mark.parametrize("mode", ["audio", "text", "dual"])
+@pytest.mark.parametrize("embed", [False, True])
+def test_messages_are_the_prompt_with_a_reference(
+    make_github: MakeData, processor: Any, mode: str, embed: bool
+) -> None:
+    root = make_github({"train": 3})
+    rows = load([prepare(root, mode, "none", *["--embed-audio"] * embed)], processor)
+    assert len(rows) == 3
+    row = rows[1]
+    question = json.loads((root / "train.jsonl").read_text().splitlines()[1])["user_content"]
+    references = [
+        part["audio"] for m in row["raw_prompt"] for part in m["content"] if "audio" in part
+    ]
+    clip = references[0] if references else None
+    assert row["raw_prompt"] == build_messages(mode, question, clip)  # type: ignore[arg-type]
+    assert len(pickle.dumps(row)) < 5_000  # no samples, no bytes
+    clips = decode(row["raw_prompt"])
+    if mode == "text":
+        assert clips is None
+        return
+    assert clips is not None and len(clips) == 1
+    expected = load_waveform(root / "train/0001/question.wav")
+    np.testing.assert_array_equal(clips[0], expected)
+    assert clips[0].dtype == np.float32
+
+
+def test_item_has_the_keys_that_rollout_reads(make_github: MakeData, processor: Any) -> None:
+    rows = load([prepare(make_github({"train": 2}), "audio")], processor)
+    assert set(rows[0]) == {
+        "data_source", "ability", "reward_model", "extra_info", "raw_prompt", "index",
+        "tools_kwargs", "interaction_kwargs", "dummy_tensor",
+    }  # fmt: skip
+    batch = collate_fn([rows[0], rows[1]])
+    assert list(batch["index"]) == [0, 1]
+
+
+@pytest.mark.parametrize("mode", ["audio", "text", "dual"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_stored_numbers_add_up_to_the_real_prompt_length(
+    make_github: MakeData, processor: Any, tokenizer_folder: Path, mode: str, counted: bool
+) -> None:
+    root = make_github({"train": 12})
+    path = prepare(root, mode, tokenizer_folder if counted else "none")
+    rows = load([path], processor)
+    assert AudioRLHFDataset.clips.decodes == 0
+    lengths = rows.prompt_lengths(rows.dataframe)
+    assert list(lengths) == [true_length(processor, rows[i]) for i in range(12)]
+
+
+def test_counts_of_another_tokenizer_are_noticed(
+    make_github: MakeData, processor: Any, bpe_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_github({"train": 3})
+    lines = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    lines[2]["user_content"] *= 30
+    (root / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = load([prepare(root, "text", bpe_folder)], processor, max_prompt_length=20_000)
+    assert "with this tokenizer" in caplog.text
+    lengths = rows.prompt_lengths(rows.dataframe)
+    assert list(lengths) == [true_length(processor, rows[i]) for i in range(3)]
+
+
+def test_prompt_that_does_not_fit_is_an_error_with_its_need(
+    make_github: MakeData, processor: Any, noise_clip: Any, tokenizer_folder: Path
+) -> None:
+    root = make_github({"train": 4})
+    noise_clip(root / "train/0002/question.wav", 40.0)
+    path = prepare(root, "audio", tokenizer_folder)
+    longest = true_length(processor, load([path], processor)[2])
+    with pytest.raises(ValueError, match=rf"1 of 4.*train/0002 needs {longest} tokens"):
+        load([path], processor, max_prompt_length=longest - 1)
+    assert len(load([path], processor, max_prompt_length=longest)) == 4
+
+
+def test_filter_leaves_out_what_does_not_fit_and_says_how_many(
+    make_github: MakeData,
+    processor: Any,
+    noise_clip: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = make_github({"train": 4})
+    noise_clip(root / "train/0002/question.wav", 40.0)
+    settings = {"max_prompt_length": 1000, "filter_overlong_prompts": True}
+    rows = load([prepare(root, "audio")], processor, **settings)
+    assert [rows[i]["extra_info"]["id"] for i in range(3)] == ["0000", "0001", "0003"]
+    assert "left out 1 of 4 rows" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="none of the 4"):
+        load(
+            [root / "parquet/audio/train.parquet"],
+            processor,
+            **{**settings, "max_prompt_length": 9},
+        )
+
+
+def test_clip_beyond_the_window_is_refused_not_cut(
+    make_github: MakeData, processor: Any, noise_clip: Any
+) -> None:
+    root = make_github({"train": 2})
+    noise_clip(root / "train/0001/question.wav", 301.0, rate=8_000)
+    with pytest.raises(ValueError, match=r"train/0001 has a clip of 301\.0 s"):
+        load([prepare(root, "audio")], processor, max_prompt_length=20_000)
+
+
+def test_missing_clip_is_an_error_not_a_lost_row(make_github: MakeData, processor: Any) -> None:
+    root = make_github({"train": 3})
+    path = prepare(root, "audio")
+    rows = load([path], processor, filter_overlong_prompts=True)
+    (root / "train/0002/question.wav").unlink()
+    assert len(load([path], processor, filter_overlong_prompts=True)) == 3
+    with pytest.raises(ValueError, match=r"0002/question\.wav not found"):
+        decode(rows[2]["raw_prompt"])
+
+
+def test_data_folder_can_move_as_a_whole(make_github: MakeData, processor: Any) -> None:
+    root = make_github({"train": 2})
+    prepare(root, "audio")
+    moved = root.rename(root.with_name("elsewhere, with spaces"))
+    rows = load([moved / "parquet/audio/train.parquet"], processor)
+    clips = decode(rows[0]["raw_prompt"])
+    assert clips is not None
+    np.testing.assert_array_equal(clips[0], load_waveform(moved / "train/0000/question.wav"))
+
+
+def test_parquet_moved_alone_names_the_setting(make_github: MakeData, processor: Any) -> None:
+    root = make_github({"train": 2})
+    alone = root.parent / "other" / "deep" / "train.parquet"
+    alone.parent.mkdir(parents=True)
+    shutil.move(prepare(root, "audio"), alone)
+    with pytest.raises(FileNotFoundError, match=r"data\.audio_root"):
+        load([alone], processor)
+    assert len(load([alone], processor, audio_root=str(root))) == 2
+
+
+def test_embedded_parquet_travels_alone(
+    make_github: MakeData, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "ROW_GROUP_BYTES", 150_000)
+    root = make_github({"train": 6})
+    expected = [load_waveform(root / f"train/000{i}/question.wav") for i in range(6)]
+    path = prepare(root, "audio", "none", "--embed-audio")
+    alone = root.parent / "a # b %20.parquet"
+    shutil.move(path, alone)
+    shutil.rmtree(root)
+    rows = load([alone], processor)
+    for index in (5, 0, 3, 1):
+        clips = decode(rows[index]["raw_prompt"])
+        assert clips is not None
+        np.testing.assert_array_equal(clips[0], expected[index])
+
+
+def test_files_of_different_modes_mix(make_github: MakeData, processor: Any) -> None:
+    root = make_github({"train": 2})
+    paths = [prepare(root, mode) for mode in ("audio", "text", "dual")]
+    embedded = prepare(root, "audio", "none", "--embed-audio", "--output-dir", str(root / "e"))
+    del embedded
+    rows = load([*paths, root / "e/audio/train.parquet"], processor)
+    modes = [rows[i]["extra_info"]["mode"] for i in range(len(rows))]
+    assert modes == ["audio"] * 2 + ["text"] * 2 + ["dual"] * 2 + ["audio"] * 2
+    counts = [len(decode(rows[i]["raw_prompt"]) or []) for i in range(len(rows))]
+    assert counts == [1, 1, 0, 0, 1, 1, 1, 1]
+
+
+def test_verls_own_class_reads_and_renders_the_same(make_github: MakeData, processor: Any) -> None:
+    root = make_github({"train": 3})
+    for mode in ("audio", "text", "dual"):
+        path = prepare(root, mode)
+        theirs, ours = load([path], processor, RLHFDataset), load([path], processor)
+        for index in range(3):
+            rendered = [
+                processor.apply_chat_template(rows[index]["raw_prompt"], tokenize=False)
+                for rows in (theirs, ours)
+            ]
+            assert rendered[0] == rendered[1]
+            assert theirs[index]["extra_info"] == ours[index]["extra_info"]
+
+
+def test_max_samples_takes_the_first_rows(make_github: MakeData, processor: Any) -> None:
+    path = prepare(make_github({"train": 5}), "audio")
+    config = OmegaConf.create({"max_prompt_length": 512, "filter_overlong_prompts": False})
+    rows = AudioRLHFDataset(str(path), processor.tokenizer, config, processor, max_samples=2)
+    assert [rows[i]["index"] for i in range(len(rows))] == [0, 1]
+
+
+def test_pickled_dataset_resumes_from_its_files(make_github: MakeData, processor: Any) -> None:
+    rows = load([prepare(make_github({"train": 3}), "audio")], processor)
+    resumed = pickle.loads(pickle.dumps(rows))
+    resumed.resume_dataset_state()
+    assert resumed[2]["raw_prompt"] == rows[2]["raw_prompt"]
+
+
+# -- the cache ------------------------------------------------------------------------------------
+
+
+def test_eight_rollouts_of_a_clip_decode_it_once(make_github: MakeData, processor: Any) -> None:
+    rows = load([prepare(make_github({"train": 2}), "audio")], processor)
+    messages, config = rows[0]["raw_prompt"], OmegaConf.create({})
+
+    async def rollouts() -> list[Any]:
+        hook = AudioRLHFDataset.process_multi_modal_info
+        calls = [hook(messages, image_patch_size=14, config=config) for _ in range(8)]
+        return [result[2][0] for result in await asyncio.gather(*calls)]
+
+    waveforms = asyncio.run(rollouts())
+    assert AudioRLHFDataset.clips.decodes == 1
+    assert all(waveform is waveforms[0] for waveform in waveforms)
+
+
+def test_slow_decode_is_waited_for_and_does_not_hold_up_others(tmp_path: Path) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def slow_load(reference: str) -> np.ndarray:
+        if reference == "slow":
+            started.set()
+            assert release.wait(10)
+        return np.zeros(4, np.float32)
+
+    cache = ClipCache(slow_load, capacity=1 << 20)
+    with ThreadPoolExecutor(9) as threads:
+        waiting = [threads.submit(cache.get, "slow") for _ in range(8)]
+        assert started.wait(10)
+        assert threads.submit(cache.get, "quick").result(10).shape == (4,)
+        assert not any(future.done() for future in waiting)
+        release.set()
+        assert len({id(future.result(10)) for future in waiting}) == 1
+    assert cache.decodes == 2
+
+
+def test_failed_decode_is_an_error_for_everyone_and_is_tried_again() -> None:
+    answers = [ValueError("broken"), np.ones(3, np.float32)]
+
+    def load_once(reference: str) -> np.ndarray:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    cache = ClipCache(load_once, capacity=1 << 20)
+    with pytest.raises(ValueError, match="broken"):
+        cache.get("clip")
+    assert cache.get("clip").sum() == 3
+
+
+def test_cache_keeps_to_its_capacity_and_drops_the_oldest() -> None:
+    cache = ClipCache(lambda reference: np.zeros(250, np.float32), capacity=3_000)
+    for reference in ("a", "b", "c", "a", "d"):
+        cache.get(reference)
+    assert cache.decodes == 4
+    cache.get("a")
+    assert cache.decodes == 4
+    cache.get("b")  # was the least recently used when d came
+    assert cache.decodes == 5
+
+
+def test_waveforms_are_read_only_because_they_are_shared(tmp_path: Path, noise_clip: Any) -> None:
+    noise_clip(tmp_path / "clip.wav", 0.5)
+    waveform = ClipCache(load_clip, 1 << 20).get(str(tmp_path / "clip.wav"))
+    with pytest.raises(ValueError, match="read-only"):
+        waveform[0] = 1.0
+
+
+def test_replaced_file_is_decoded_again(tmp_path: Path, noise_clip: Any) -> None:
+    path, cache = tmp_path / "clip.wav", ClipCache(load_clip, 1 << 20)
+    noise_clip(path, 0.5, rate=16_000)
+    assert len(cache.get(str(path))) == 8_000
+    time.sleep(0.01)
+    noise_clip(path, 1.0, rate=16_000)
+    assert len(cache.get(str(path))) == 16_000
