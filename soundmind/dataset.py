@@ -26,146 +26,25 @@ Reads the Parquet files of `soundmind.preprocess`; files of different modes may 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote, unquote
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from soundmind.audio import MAX_CLIP_SECONDS, Waveform, load_waveform
-from soundmind.schema import METADATA_KEY
+from soundmind.audio import MAX_CLIP_SECONDS, Waveform
+from soundmind.clips import CLIP_COLUMN, ClipCache, load_clip, read_rows, with_clip
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "parquet://"
 CLIP_CACHE_MIB = 256  # about 70 clips of a minute
 LENGTH_SLACK = 8  # tokens; nearer than this to the limit a prompt is measured, not added up
 _CHECKED_ROWS = 8  # rows on which the stored numbers are compared with the real prompt
-_CLIP_COLUMN = "_clip"  # reference to the row's clip, made at load time
-
-
-class ClipCache:
-    """Decoded clips, the least recently used ones dropped beyond `capacity` bytes. Thread-safe.
-
-    Requests for a clip that another thread is decoding wait for it instead of decoding again.
-    Waveforms are shared between callers and therefore read-only.
-    """
-
-    def __init__(self, load: Callable[[str], Waveform], capacity: int) -> None:
-        self.capacity = capacity
-        self.hits = 0
-        self.decodes = 0
-        self._load = load
-        self._lock = threading.Lock()  # guards everything below; never held while decoding
-        self._clips: OrderedDict[Any, Waveform] = OrderedDict()
-        self._num_bytes = 0
-        self._decoding: dict[Any, threading.Lock] = {}
-
-    def get(self, reference: str) -> Waveform:
-        """Samples of the clip: float32 mono at 16 kHz, shape (num_samples,)."""
-        key = (reference, _file_version(reference))  # a file that was replaced is another clip
-        waveform = self._lookup(key)
-        if waveform is not None:
-            return waveform
-        with self._lock:
-            decoding = self._decoding.setdefault(key, threading.Lock())
-        with decoding:
-            waveform = self._lookup(key)
-            if waveform is not None:
-                return waveform
-            try:
-                waveform = self._load(reference)
-                waveform.flags.writeable = False
-                self._store(key, waveform)
-            finally:
-                with self._lock:
-                    self._decoding.pop(key, None)
-        return waveform
-
-    def clear(self) -> None:
-        """Forget every clip and the counts."""
-        with self._lock:
-            self._clips.clear()
-            self._num_bytes = self.hits = self.decodes = 0
-
-    def _lookup(self, key: Any) -> Waveform | None:
-        with self._lock:
-            waveform = self._clips.get(key)
-            if waveform is not None:
-                self._clips.move_to_end(key)
-                self.hits += 1
-            return waveform
-
-    def _store(self, key: Any, waveform: Waveform) -> None:
-        with self._lock:
-            self.decodes += 1
-            self._clips[key] = waveform
-            self._num_bytes += waveform.nbytes
-            # the newest clip stays even if it alone is over capacity: its rollouts are waiting
-            while self._num_bytes > self.capacity and len(self._clips) > 1:
-                _, oldest = self._clips.popitem(last=False)
-                self._num_bytes -= oldest.nbytes
-
-
-def load_clip(reference: str) -> Waveform:
-    """Decode what a message refers to: a path, or a row of a Parquet file with embedded clips."""
-    if not reference.startswith(EMBEDDED):
-        return load_waveform(reference)
-    path, _, row = unquote(reference.removeprefix(EMBEDDED)).rpartition("#")
-    clip = _embedded_clip(path, int(row))
-    if clip is None:
-        raise ValueError(f"{path}: row {row} holds no embedded clip")
-    return load_waveform(clip)
-
-
-def embedded_reference(path: str, row: int) -> str:
-    """Reference to the clip embedded in row `row` (from 0) of a Parquet file."""
-    return f"{EMBEDDED}{quote(f'{path}#{row}')}"
-
-
-def _embedded_clip(path: str, row: int) -> bytes | None:
-    """Encoded bytes of one clip; reads the row group that holds it (16 MiB of clips)."""
-    file, starts = _open_parquet(path, os.stat(path).st_mtime_ns)
-    group = int(np.searchsorted(starts, row, side="right")) - 1
-    with _parquet_lock:  # Arrow's readers may not be shared between threads
-        column = file.read_row_group(group, columns=["audio.bytes"], use_threads=False)["audio"]
-    clip = column[row - int(starts[group])].as_py()
-    return clip["bytes"] if clip else None
-
-
-_parquet_lock = threading.Lock()
-
-
-@lru_cache(maxsize=8)
-def _open_parquet(path: str, mtime_ns: int) -> tuple[pq.ParquetFile, np.ndarray]:
-    """Footer of a Parquet file and the first row of each row group. Keyed by the file's time."""
-    file = pq.ParquetFile(path)
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    return file, np.concatenate([[0], np.cumsum(sizes)])[:-1]
-
-
-def _file_version(reference: str) -> tuple[int, int]:
-    path = reference
-    if reference.startswith(EMBEDDED):
-        path = unquote(reference.removeprefix(EMBEDDED)).rpartition("#")[0]
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return (-1, -1)  # loading it gives the error message
-    return (stat.st_mtime_ns, stat.st_size)
 
 
 class AudioRLHFDataset(RLHFDataset):
@@ -296,7 +175,7 @@ class AudioRLHFDataset(RLHFDataset):
     def __getitem__(self, item: int) -> dict[str, Any]:
         """verl's item; `raw_prompt` refers to the clip and nothing else does."""
         row: dict[str, Any] = dict(self.dataframe[item])
-        row["raw_prompt"] = with_clip(row.pop(self.prompt_key), row.pop(_CLIP_COLUMN))
+        row["raw_prompt"] = with_clip(row.pop(self.prompt_key), row.pop(CLIP_COLUMN))
         row.pop("audio", None)
         info = row["extra_info"]
         row["index"] = info["index"]
@@ -326,68 +205,6 @@ class AudioRLHFDataset(RLHFDataset):
             if part.get("type") == "audio"
         ]
         return [cls.clips.get(reference) for reference in references] or None
-
-
-def read_rows(path: str, original: str | None = None, root: str | None = None) -> pa.Table:
-    """Rows of a Parquet file without embedded clips, with a column that refers to each clip.
-
-    `original` is the name before verl copied the file to local storage: the recorded data root is
-    relative to that. `root` replaces it. Raises FileNotFoundError where the clips are not there.
-    """
-    file = pq.ParquetFile(path)
-    names = [name for name in file.schema_arrow.names if name != "audio"]
-    table = file.read(columns=[*names, "audio.path"])
-    paths = [clip["path"] if clip else None for clip in table["audio"].to_pylist()]
-    metadata = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
-    if metadata.get("embedded"):
-        where = os.path.abspath(path)
-        clips = [embedded_reference(where, i) if clip else None for i, clip in enumerate(paths)]
-    else:
-        folder = clip_root(original or path, metadata, root)
-        clips = [os.path.join(folder, clip) if clip else None for clip in paths]
-        _check_first_clip(clips, path)
-    table = table.drop_columns(["audio"]).append_column(_CLIP_COLUMN, pa.array(clips, pa.string()))
-    return table.replace_schema_metadata(None)
-
-
-def clip_root(parquet: str, metadata: dict[str, Any], override: str | None = None) -> str:
-    """Absolute data root of a Parquet file: `override`, or what was recorded relative to it."""
-    if override is not None:
-        return os.path.abspath(override)
-    if "root" not in metadata:
-        raise ValueError(
-            f"{parquet} does not say where its clips are (not written by soundmind.preprocess?); "
-            "set data.audio_root to their folder"
-        )
-    return os.path.normpath(
-        os.path.join(os.path.dirname(os.path.abspath(parquet)), metadata["root"])
-    )
-
-
-def _check_first_clip(clips: Sequence[str | None], path: str) -> None:
-    """A wrong root is wrong for every clip: say so at start, not at the first rollout."""
-    first = next((clip for clip in clips if clip), None)
-    if first is not None and not Path(first).is_file():
-        raise FileNotFoundError(
-            f"{path} refers to {first}, which is not there. Move the data folder as a whole, "
-            "set data.audio_root to the folder with the clips, or run soundmind.preprocess again"
-        )
-
-
-def with_clip(prompt: list[dict[str, Any]], reference: str | None) -> list[dict[str, Any]]:
-    """Stored messages in the form chat templates and processors know, without null keys."""
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "audio", "audio": reference}
-                if part["type"] == "audio"
-                else {"type": "text", "text": part["text"]}
-                for part in message["content"]
-            ],
-        }
-        for message in prompt
-    ]
 
 
 def _row_name(info: dict[str, Any]) -> str:

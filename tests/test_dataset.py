@@ -26,7 +26,8 @@ from verl.utils.dataset.rl_dataset import (  # noqa: E402
 
 from soundmind import preprocess  # noqa: E402
 from soundmind.audio import load_waveform  # noqa: E402
-from soundmind.dataset import AudioRLHFDataset, ClipCache, load_clip  # noqa: E402
+from soundmind.clips import ClipCache, load_clip  # noqa: E402
+from soundmind.dataset import AudioRLHFDataset  # noqa: E402
 from soundmind.prompts import build_messages  # noqa: E402
 
 CUSTOM = {"path": "pkg://soundmind.dataset", "name": "AudioRLHFDataset"}

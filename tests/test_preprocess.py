@@ -68,6 +68,8 @@ def test_rows_have_verls_layout_in_every_mode(make_github: MakeData, mode: str) 
     assert INSTRUCTIONS["alr"] in parts[-1]["text"]
     question = [part["text"] for part in parts if "Major premise" in (part["text"] or "")]
     assert len(question) == (mode != "audio")
+    for part in parts:  # the published chat template takes any part with such a key for a clip
+        assert not {"audio", "audio_url", "image", "image_url", "video"} & set(part)
     assert [part["path"] for part in parts if part["type"] == "audio"] == (
         [] if mode == "text" else ["train/0001/question.wav"]
     )

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from soundmind import inspect, preprocess
+from soundmind.audio import load_waveform
+from soundmind.clips import read_row, with_clip
+
+MakeData = Callable[..., Path]
+
+
+def prepare(root: Path, mode: str, *arguments: str) -> Path:
+    command = ["--mode", mode, "--data-dir", str(root), "--splits", "dev", "--tokenizer", "none"]
+    assert preprocess.main([*command, *arguments]) == 0
+    return root / "parquet" / mode / "dev.parquet"
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_row_is_shown_and_its_clip_written(
+    make_github: MakeData, tmp_path: Path, capsys: pytest.CaptureFixture[str], embed: bool
+) -> None:
+    root = make_github({"dev": 3})
+    path = prepare(root, "dual", *["--embed-audio"] * embed)
+    capsys.readouterr()
+    assert inspect.main([str(path), "--row", "1", "--output-dir", str(tmp_path / "out")]) == 0
+    page = capsys.readouterr().out
+    for expected in ("dev/0001", "entailed  (label 1)", "<|audio_bos|><|AUDIO|>", "clip  "):
+        assert expected in page
+    assert "Major premise" in page and page.count("<|im_start|>") == 3
+    written, rate = soundfile.read(tmp_path / "out/dev-0001.wav", dtype="float32")
+    assert rate == 16_000
+    heard = load_waveform(root / "dev/0001/question.wav")
+    np.testing.assert_allclose(written, heard, atol=2 / 32_768)
+
+
+def test_counts_by_kind_add_up_to_what_the_processor_makes(
+    make_github: MakeData, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    tiny = pytest.importorskip("soundmind.tiny")
+    processor = tiny.build_processor(tiny.build_tokenizer(tiny.tokenizer_corpus()))
+    processor.save_pretrained(tmp_path / "model")
+    path = prepare(make_github({"dev": 2}), "dual")
+    row = read_row(str(path), 1)
+    messages = with_clip(row["prompt"], row["_clip"])
+    template = inspect.chat_template(tmp_path / "model")
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert inspect.render(messages, template) == rendered
+    clip = load_waveform(row["_clip"])
+    inputs = processor(text=rendered, audio=[clip], sampling_rate=16_000)
+    kinds, unit = inspect.count_kinds(messages, row["extra_info"], template, tmp_path / "model")
+    assert unit == "tokens"
+    assert sum(kinds.values()) == len(inputs["input_ids"][0])
+    assert kinds["clip"] == row["extra_info"]["audio_tokens"]
+    assert list(kinds) == ["clip", "system", "question", "instruction", "frame"]
+
+
+def test_text_row_has_no_clip(
+    make_github: MakeData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prepare(make_github({"dev": 2}), "text")
+    assert inspect.main([str(path), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "none in this mode" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_row_that_is_not_there_is_a_plain_message(
+    make_github: MakeData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prepare(make_github({"dev": 2}), "text")
+    assert inspect.main([str(path), "--row", "2"]) == 2
+    assert "has rows 0 to 1, asked for 2" in capsys.readouterr().err
+    assert inspect.main([str(path.with_name("none.parquet"))]) == 2
+
+
+LIGHT = ["schema", "prompts", "audio", "sources", "rows", "token_count", "data_report", "hub"]
+LIGHT += ["preprocess", "clips", "inspect"]
+
+
+def test_data_modules_import_without_torch_or_verl() -> None:
+    heavy = ["torch", "verl", "vllm", "transformers", "datasets", "qwen_omni_utils", "librosa"]
+    code = f"import sys\nfor name in {heavy}: sys.modules[name] = None\n"
+    code += "".join(f"import soundmind.{name}\n" for name in LIGHT)
+    done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
