@@ -1,8 +1,8 @@
 """Everything about a training run that can be known before Ray starts, checked in one pass.
 
-`require(config)` raises `CheckError` with *all* problems, each naming what is wrong and what to do next.
-verl itself would notice most of them minutes later, inside a worker, and some of them never: an
-unsupported processor becomes text-only training, and old reward keys are ignored.
+`require(config)` raises `CheckError` with *all* problems, each naming what is wrong and what to do
+next. verl itself would notice most of them minutes later, inside a worker, and some of them never:
+an unsupported processor becomes text-only training, and old reward keys are ignored.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class CheckError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} found before anything was started:\n" + "\n".join(
-            f"  - {problem}" for problem in problems
-        ))
+        super().__init__(
+            f"{count} found before anything was started:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
 
 
 def require(config: DictConfig) -> None:
@@ -67,19 +68,24 @@ def versions(config: DictConfig) -> Iterator[str]:
         yield "verl is not installed; run `bash scripts/setup.sh`"
         return
     if found != VERL_VERSION:
-        yield f"verl {found} is installed, SoundMind needs {VERL_VERSION}; run `bash scripts/setup.sh`"
+        yield (
+            f"verl {found} is installed, SoundMind needs {VERL_VERSION}; "
+            "run `bash scripts/setup.sh`"
+        )
 
 
 def reward_keys(config: DictConfig) -> Iterator[str]:
     """verl 0.9.1 reads `reward.custom_reward_function` and ignores the old top-level key."""
     if OmegaConf.select(config, "custom_reward_function.path"):
         yield (
-            "custom_reward_function.path is set at the top level, where verl 0.9.1 ignores it; move it "
+            "custom_reward_function.path is set at the top level, where verl 0.9.1 ignores it; "
+            "move it "
             "to reward.custom_reward_function.path"
         )
     if not OmegaConf.select(config, "reward.custom_reward_function.path"):
         yield (
-            "reward.custom_reward_function.path is not set, so verl would fall back to its built-in "
+            "reward.custom_reward_function.path is not set, so verl would fall back to its "
+            "built-in "
             "scorers; set it to pkg://soundmind.rewards"
         )
     if OmegaConf.select(config, "reward_model.reward_manager") not in (None, "naive"):
@@ -94,7 +100,7 @@ def reward_settings(config: DictConfig) -> Iterator[str]:
     from soundmind.labels import ENTAILED, answer_line
     from soundmind.rewards import compute_score
 
-    keywords = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
+    keywords: Any = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
     try:
         compute_score(
             "soundmind/check",
@@ -121,7 +127,8 @@ def device(config: DictConfig) -> Iterator[str]:
         return  # the GPUs are the cluster's, not this machine's
     if not gpus:
         yield (
-            f"the configuration wants {ranks} GPUs and this machine shows none (nvidia-smi). Without a "
+            f"the configuration wants {ranks} GPUs and this machine shows none (nvidia-smi). "
+            f"Without a "
             "GPU train the stand-in: CONFIG=grpo_tiny_cpu bash main_grpo.sh"
         )
     elif len(gpus) < ranks:
@@ -136,7 +143,8 @@ def group_size(config: DictConfig) -> Iterator[str]:
     n = config.actor_rollout_ref.rollout.n
     if config.algorithm.adv_estimator == "grpo" and n < 2:
         yield (
-            f"actor_rollout_ref.rollout.n={n}: GRPO has no group to compare with and would use the raw "
+            f"actor_rollout_ref.rollout.n={n}: GRPO has no group to compare with and would use "
+            f"the raw "
             "score as advantage; use n >= 2"
         )
 
@@ -150,11 +158,13 @@ def batch_sizes(config: DictConfig) -> Iterator[str]:
     ranks = gpus // sequence_parallel
     if sequence_parallel != 1:
         yield (
-            "actor.ulysses_sequence_parallel_size must be 1: verl has no input slicing for this model"
+            "actor.ulysses_sequence_parallel_size must be 1: verl has no input slicing for this "
+            "model"
         )
     if train % mini:
         yield (
-            f"data.train_batch_size={train} is not a multiple of ppo_mini_batch_size={mini} (prompts); "
+            f"data.train_batch_size={train} is not a multiple of ppo_mini_batch_size={mini} "
+            f"(prompts); "
             f"nearest that work: {_nearest(train, lambda value: value % mini == 0)}"
         )
     if mini * n % ranks:
@@ -166,7 +176,8 @@ def batch_sizes(config: DictConfig) -> Iterator[str]:
     micro = actor.ppo_micro_batch_size_per_gpu
     if not actor.use_dynamic_bsz and micro and mini * n % ranks == 0 and mini * n // ranks % micro:
         yield (
-            f"ppo_micro_batch_size_per_gpu={micro} does not divide the {mini * n // ranks} responses "
+            f"ppo_micro_batch_size_per_gpu={micro} does not divide the {mini * n // ranks} "
+            f"responses "
             "of a rank's mini-batch"
         )
     if not actor.use_dynamic_bsz and not micro:
@@ -209,7 +220,8 @@ def data_files(config: DictConfig) -> Iterator[str]:
     for key in ("train_files", "val_files"):
         for path in _paths(config.data[key]):
             if not Path(path).is_file():
-                yield f"data.{key}: {path} not found. Make it with: {_prepare_command(config, path)}"
+                command = _prepare_command(config, path)
+                yield f"data.{key}: {path} not found. Make it with: {command}"
 
 
 def _paths(value: Any) -> list[str]:

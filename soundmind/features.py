@@ -4,11 +4,12 @@ transformers' Qwen2.5-Omni processor pads every clip to its 300 s window before 
 spectrogram: 15.4 MB and about 0.16 s of CPU a clip, whatever the clip's length. Every frame but the
 last depends only on samples within one FFT window, so extracting from the clip padded with zeros to
 the next hop *and two hops more*, then cutting to the frames the mask keeps, gives the same bits
-(measured; held by tests/test_features.py). One thing is global in the stock code: values are clamped to
-eight below the clip's own maximum, and the padding never holds that maximum.
+(measured; held by tests/test_features.py). One thing is global in the stock code: values are
+clamped to eight below the clip's own maximum, and the padding never holds that maximum.
 
-`wrap_extractor` turns `WhisperFeatureExtractor.__call__` into this, with a cache keyed by the waveform's
-bytes, so that the n rollouts of a prompt, the trainer and vLLM's front end each extract once.
+`wrap_extractor` turns `WhisperFeatureExtractor.__call__` into this, with a cache keyed by the
+waveform's bytes, so that the n rollouts of a prompt, the trainer and vLLM's front end each extract
+once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ CACHED_BYTES = 512 * 2**20  # whichever bound is reached first
 class FeatureCache:
     """Least-recently-used features by waveform digest, safe among threads.
 
-    Waiting threads that ask for the same clip (the n rollouts of one prompt do) share one extraction.
+    Waiting threads that ask for the same clip (the n rollouts of one prompt do) share one
+    extraction.
     """
 
     def __init__(self, max_clips: int = CACHED_CLIPS, max_bytes: int = CACHED_BYTES) -> None:
@@ -71,7 +73,8 @@ def extract_at_true_length(
     """
     hop = extractor.hop_length
     mel_frames = -(-waveform.size // hop)
-    padded = np.zeros((mel_frames + 2) * hop, dtype=np.float32)
+    # Never beyond the window: at its very end the stock code reflects samples, and so must this.
+    padded = np.zeros(min((mel_frames + 2) * hop, extractor.n_samples), dtype=np.float32)
     padded[: waveform.size] = waveform
     output = stock_call(
         extractor,
@@ -87,13 +90,10 @@ def extract_at_true_length(
 
 def _as_clips(raw_speech: Any) -> list[np.ndarray]:
     """The extractor's accepted inputs (one clip or a list of clips) as a list of 1-D arrays."""
-    if isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1:
-        raw_speech = [raw_speech]
-    elif not isinstance(raw_speech, np.ndarray) and len(raw_speech) and np.ndim(raw_speech[0]) == 0:
-        raw_speech = [raw_speech]
-    return [
-        np.ascontiguousarray(np.asarray(clip, dtype=np.float32).reshape(-1)) for clip in raw_speech
-    ]
+    is_array = isinstance(raw_speech, np.ndarray)
+    one_clip = raw_speech.ndim == 1 if is_array else np.ndim(raw_speech[0]) == 0
+    clips = [raw_speech] if one_clip else list(raw_speech)
+    return [np.ascontiguousarray(np.asarray(clip, dtype=np.float32).reshape(-1)) for clip in clips]
 
 
 # Options under which the true-length path is known to equal the stock one; anything else is theirs.
@@ -110,9 +110,10 @@ _PLAIN_OPTIONS = {
 def wrap_extractor(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     """A `WhisperFeatureExtractor.__call__` that serves the Omni processor's call at true length.
 
-    Returns `input_features` (num_clips, num_mel_bins, longest mel_frames) float32 and `attention_mask`
-    (num_clips, longest mel_frames) int32: the stock result without its all-padding tail. A clip
-    longer than the window is an error here; the stock code cuts it without a word.
+    Returns `input_features` (num_clips, num_mel_bins, longest mel_frames) float32 and
+    `attention_mask` (num_clips, longest mel_frames) int32: the stock result without its
+    all-padding tail. A clip longer than the window is an error here; the stock code cuts it
+    without a word.
     """
 
     def call(
@@ -131,7 +132,8 @@ def wrap_extractor(stock_call: Callable[..., Any]) -> Callable[..., Any]:
         for clip in clips:
             if clip.size > self.n_samples:
                 raise ValueError(
-                    f"clip of {clip.size / self.sampling_rate:.1f} s is longer than the processor's "
+                    f"clip of {clip.size / self.sampling_rate:.1f} s is longer than the "
+                    f"processor's "
                     f"window of {self.n_samples / self.sampling_rate:.0f} s; the stock extractor "
                     "would cut it silently. Drop or split it in preprocessing."
                 )

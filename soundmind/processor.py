@@ -1,7 +1,7 @@
 """The Qwen2.5-Omni processor, built or refused. transformers only; no torch model, no verl.
 
-verl's own loader knows a closed list of processors. For any other it prints a warning, returns None and
-trains on text alone, which is why every path of ours comes through here.
+verl's own loader knows a closed list of processors. For any other it prints a warning, returns
+None and trains on text alone, which is why every path of ours comes through here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ def load_processor(path: str, *, trust_remote_code: bool = False) -> Any:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise ValueError(
-            f"{path}: no processor can be built from this folder ({error}). Training without one would "
-            "silently drop the audio. A complete Qwen2.5-Omni folder holds preprocessor_config.json "
+            f"{path}: no processor can be built from this folder ({error}). Training without one "
+            f"would "
+            "silently drop the audio. A complete Qwen2.5-Omni folder holds "
+            "preprocessor_config.json "
             "and the tokenizer files: fetch the checkpoint again, or build the stand-in with "
             "`python -m soundmind.tiny`."
         ) from error

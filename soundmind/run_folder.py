@@ -1,4 +1,5 @@
-"""A run's folder: where everything about one training run lies, and how an interrupted one is found.
+"""A run's folder: where everything about one training run lies, and how an interrupted one is
+found.
 
     outputs/<config>/<timestamp>/
         config.yaml       the resolved configuration
@@ -12,8 +13,8 @@
         plots/*.png       curves
         summary.json      what the run came to; written last, so its absence means "unfinished"
 
-`RunFolder.open` continues the newest unfinished run of the same configuration, unless told otherwise.
-A lock that dies with its process keeps two launchers out of one folder.
+`RunFolder.open` continues the newest unfinished run of the same configuration, unless told
+otherwise. A lock that dies with its process keeps two launchers out of one folder.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 # Packages whose version can move a number.
 RECORDED_PACKAGES = (
@@ -70,8 +72,9 @@ class RunFolder:
     def open(cls, root: Path, name: str, fingerprint: str, resume: str = "auto") -> RunFolder:
         """Continue or start a run of configuration `name`.
 
-        `fingerprint` identifies the experiment; only a run with the same one is continued. `resume` is
-        "auto" (the newest unfinished run, else a new one), "new", or a run folder's path.
+        `fingerprint` identifies the experiment; only a run with the same one is continued.
+        `resume` is "auto" (the newest unfinished run, else a new one), "new", or a run folder's
+        path.
         """
         if resume not in ("auto", "new"):
             path = Path(resume)
@@ -80,7 +83,8 @@ class RunFolder:
             if (found := _stored_fingerprint(path)) != fingerprint:
                 raise RunFolderError(
                     f"run.resume={resume}: this folder belongs to another configuration "
-                    f"({found} instead of {fingerprint}); compare its config.yaml, or start a new run "
+                    f"({found} instead of {fingerprint}); compare its config.yaml, or start a "
+                    f"new run "
                     "with run.resume=new"
                 )
             lock = _try_lock(path)
@@ -114,7 +118,8 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else []
 
     def begin_attempt(self) -> int:
-        """Note a launch; returns its number from 0. A killed predecessor ends at its last metrics."""
+        """Note a launch; returns its number from 0. A killed predecessor ends at its last "
+        "metrics."""
         attempts = self.attempts()
         metrics = self.path / "metrics.jsonl"
         if attempts and "ended" not in attempts[-1]:
@@ -139,9 +144,10 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """A short digest of what makes two runs the same experiment: the configuration without `run.resume`."""
-    plain = json.loads(json.dumps(config, default=str))
+def config_fingerprint(config: DictConfig) -> str:
+    """A short digest of what makes two runs the same experiment: the configuration without "
+    "`run.resume`."""
+    plain = json.loads(json.dumps(OmegaConf.to_container(config, resolve=True), default=str))
     for name in ("resume", "dir", "metrics_path", "export"):
         plain.get("run", {}).pop(name, None)
     text = json.dumps(plain, sort_keys=True)

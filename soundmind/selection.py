@@ -2,8 +2,8 @@
 
 The package registers entry points that other people's programs load as well (`verl.plugins`,
 `vllm.general_plugins`). Installed but not selected they must change nothing, so each of them asks
-here first. The variable is inherited by every process that Ray and vLLM start, and the launcher also
-puts it into Ray's runtime environment for other machines of a cluster.
+here first. The variable is inherited by every process that Ray and vLLM start, and the launcher
+also puts it into Ray's runtime environment for other machines of a cluster.
 """
 
 from __future__ import annotations

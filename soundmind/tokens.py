@@ -1,8 +1,8 @@
 """Rules about token ids that rollout, trainer, export and evaluation share. No torch, no verl.
 
-* A prompt for the trainer holds one placeholder token per audio embedding (25 a second). A prompt for
-  vLLM holds one placeholder per clip, because vLLM expands it itself: given the expanded prompt it
-  would expand every placeholder again, without an error (`collapse_placeholders`).
+* A prompt for the trainer holds one placeholder token per audio embedding (25 a second). A prompt
+  for vLLM holds one placeholder per clip, because vLLM expands it itself: given the expanded
+  prompt it would expand every placeholder again, without an error (`collapse_placeholders`).
 * A response never holds a control token but the one that ends it (`response_banned_token_ids`).
 """
 
@@ -29,9 +29,10 @@ def collapse_placeholders(token_ids: Sequence[int], audio_token_id: int) -> list
 def response_banned_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     """Special tokens that may not be sampled into a response, in ascending order. [ours]
 
-    Every special token but those that end a response. A placeholder in a response would be taken for
-    one more clip by the next forward pass, and the other control tokens mean nothing there. The
-    rollout bans this list by a logit bias and the trainer masks it, so that both are one distribution.
+    Every special token but those that end a response. A placeholder in a response would be taken
+    for one more clip by the next forward pass, and the other control tokens mean nothing there. The
+    rollout bans this list by a logit bias and the trainer masks it, so that both are one
+    distribution.
     """
     ends = {tokenizer.eos_token_id}
     declared = getattr(generation_config, "eos_token_id", None)

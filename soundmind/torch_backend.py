@@ -23,7 +23,8 @@ _library: Any = None
 
 
 def torchvision_lacks_operators(torch_cuda: str | None) -> bool:
-    """True when the installed torchvision is the CUDA wheel and torch has no CUDA (`torch_cuda`)."""
+    """True when the installed torchvision is the CUDA wheel and torch has no CUDA "
+    "(`torch_cuda`)."""
     if torch_cuda is not None or sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     try:

@@ -1,14 +1,17 @@
 """Train: compose a configuration, check it, then run verl's trainer on it.
 
     python -m soundmind.train --config-name grpo_tiny_cpu
-    python -m soundmind.train --config-name grpo_7b_8gpu actor_rollout_ref.rollout.n=8   # any verl key
-    python -m soundmind.train --config-name grpo_7b_8gpu --check                         # checks only
+    python -m soundmind.train --config-name grpo_7b_8gpu actor_rollout_ref.rollout.n=8
+    python -m soundmind.train --config-name grpo_7b_8gpu --check                         # checks
+    only
 
 Reads   configs/<name>.yaml, composed over verl's `ppo_trainer`, and the files it points at
-Writes  outputs/<name>/<timestamp>/ (see soundmind.run_folder); the last line printed is `run: <folder>`
+Writes  outputs/<name>/<timestamp>/ (see soundmind.run_folder); the last line printed is `run:
+<folder>`
 
 An interrupted run of the same configuration is continued from its last checkpoint; `run.resume=new`
-starts another one. Nothing heavy starts before every check has passed. Exit status 2: a check failed.
+starts another one. Nothing heavy starts before every check has passed. Exit status 2: a check
+failed.
 """
 
 from __future__ import annotations
@@ -115,7 +118,8 @@ def place_run(config: DictConfig, folder: RunFolder, attempt: int, ray_dir: Path
 
 @contextmanager
 def short_temporary_folder() -> Iterator[Path]:
-    """A folder for Ray with a path short enough for its sockets (107 characters), removed afterwards."""
+    """A folder for Ray with a path short enough for its sockets (107 characters), removed "
+    "afterwards."""
     base = "/tmp" if os.path.isdir("/tmp") and os.access("/tmp", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="sm-ray-", dir=base))
     try:
@@ -125,7 +129,8 @@ def short_temporary_folder() -> Iterator[Path]:
 
 
 def run_training(config: DictConfig, environment: dict[str, str]) -> None:
-    """Run verl's V1 trainer to its end on a Ray cluster of its own, or the one that is configured."""
+    """Run verl's V1 trainer to its end on a Ray cluster of its own, or the one that is "
+    "configured."""
     # Composing the configuration has imported verl already; the plugin comes before verl's trainer,
     # which asks for the platform at import.
     from soundmind.verl_ext.plugin import require_loaded
@@ -160,7 +165,7 @@ def train(config: DictConfig, name: str) -> Path:
 
     environment = selection.select(os.environ, cpu=config.run.device == "cpu")
     checks.require(config)
-    fingerprint = run_folder.config_fingerprint(OmegaConf.to_container(config, resolve=True))
+    fingerprint = run_folder.config_fingerprint(config)
     folder = RunFolder.open(Path(config.run.root), name, fingerprint, config.run.resume)
     attempt = folder.begin_attempt()
     checkpoint = folder.last_checkpoint()
@@ -182,8 +187,11 @@ def train(config: DictConfig, name: str) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m soundmind.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m soundmind.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config-name", required=True, help="an experiment in --config-dir")
     parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR)
     parser.add_argument("--check", action="store_true", help="check the configuration, then stop")

@@ -1,7 +1,7 @@
 """vLLM's `vllm.general_plugins` entry point: loaded in the engine core and in every worker.
 
-Acts only in a SoundMind run without an accelerator, where vLLM's packed Linear weights would make the
-first weight update fail. See `soundmind.patches`.
+Acts only in a SoundMind run without an accelerator, where vLLM's packed Linear weights would make
+the first weight update fail. See `soundmind.patches`.
 """
 
 from __future__ import annotations

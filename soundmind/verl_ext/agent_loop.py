@@ -1,12 +1,13 @@
 """One turn of audio chat: messages -> prompt tokens and features -> vLLM -> response.
 
-verl builds a prompt, decodes its clip and extracts its features once per *rollout* and three times over.
-Here all of that happens once per *prompt*: the n sessions of a group share one `EncodedPrompt`, and the
-worker hands its features to the trainer instead of computing them again.
+verl builds a prompt, decodes its clip and extracts its features once per *rollout* and three times
+over. Here all of that happens once per *prompt*: the n sessions of a group share one
+`EncodedPrompt`, and the worker hands its features to the trainer instead of computing them again.
 
 Selected by two public keys:
     actor_rollout_ref.rollout.agent.default_agent_loop: soundmind_audio
-    actor_rollout_ref.rollout.agent.agent_loop_manager_class: soundmind.verl_ext.agent_loop.AudioAgentLoopManager
+    actor_rollout_ref.rollout.agent.agent_loop_manager_class:
+    soundmind.verl_ext.agent_loop.AudioAgentLoopManager
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ _ENCODINGS = PromptEncodings()
 
 @register(AGENT_LOOP)
 class AudioAgentLoop(AgentLoopBase):
-    """Single-turn chat whose prompt may hold a clip. One instance per session; state is the worker's."""
+    """Single-turn chat whose prompt may hold a clip. One instance per session; state is the "
+    "worker's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,8 +120,8 @@ class AudioAgentLoop(AgentLoopBase):
                 **output.extra_fields,
                 "turn_scores": [],
                 "tool_rewards": [],
-                # Reaches the reward function in `extra_info`: the length in the policy's own tokens,
-                # the end token included.
+                # Reaches the reward function in `extra_info`: the length in the policy's own
+                # tokens, the end token included.
                 "response_tokens": len(response_ids),
                 "finish_reason": str(output.stop_reason),
             },
@@ -138,7 +140,8 @@ class AudioAgentLoop(AgentLoopBase):
         placeholders = server_token_ids.count(audio_token_id)
         if placeholders != len(clips or []):
             raise ValueError(
-                f"the prompt has {placeholders} audio placeholders for {len(clips or [])} clips; the "
+                f"the prompt has {placeholders} audio placeholders for {len(clips or [])} clips; "
+                f"the "
                 "chat template must render one placeholder per audio part"
             )
         kept = ("input_features", "feature_attention_mask")
@@ -158,11 +161,12 @@ class AudioAgentLoop(AgentLoopBase):
         return cached
 
 
-class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,name-defined]
+class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     """verl's worker, passing on the features the loop already has."""
 
-    # Ray copies the constructor of an actor class and ships the copy by value. An inherited one would
-    # take verl's decorated class along as a second copy, which its own `super()` then rejects.
+    # Ray copies the constructor of an actor class and ships the copy by value. An inherited one
+    # would take verl's decorated class along as a second copy, which its own `super()` then
+    # rejects.
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
 

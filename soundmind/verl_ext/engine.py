@@ -4,15 +4,17 @@ The numerics are verl's (`FSDPEngineWithLMHead`); what is changed, and why:
 
 1. The module is verl's automatic class with a forward of ours (`policy_class`):
    * **a silent clip for text**: ranks whose micro-batch has no audio would skip the audio tower and
-     issue fewer all-gathers than the others, which deadlocks; they run a few silent frames at weight 0;
-   * **one encoding per clip**: the n rollouts of a prompt carry the same features, so the audio tower
-     sees each distinct clip of a micro-batch once, and its output is shared;
-   * **positions**: verl carries plain positions (L,); the forward expands them to the four rows that
-     mark packed sequences. Without vision, M-RoPE is the plain position three times. Four rows
-     in transit would crash verl on a batch of equal lengths, where it mistakes the 4 for the ragged side;
+     issue fewer all-gathers than the others, which deadlocks; they run a few silent frames at
+     weight 0;
+   * **one encoding per clip**: the n rollouts of a prompt carry the same features, so the audio
+     tower sees each distinct clip of a micro-batch once, and its output is shared;
+   * **positions**: verl carries plain positions (L,); the forward expands them to the four rows
+     that mark packed sequences. Without vision, M-RoPE is the plain position three times. Four rows
+     in transit would crash verl on a batch of equal lengths, where it mistakes the 4 for the
+     ragged side;
    * **banned tokens**: logits of tokens that rollouts may not sample are masked here too.
-2. Vision is frozen: its tower never gets a gradient. [ours; verl's `freeze_vision_tower` is not read]
-3. Weight names get the prefix `thinker.`, which vLLM's Omni model expects.
+2. Vision is frozen: its tower never gets a gradient. [ours; verl's `freeze_vision_tower` is not
+read] 3. Weight names get the prefix `thinker.`, which vLLM's Omni model expects.
 4. Without an accelerator: no pinned memory.
 """
 
@@ -39,7 +41,9 @@ SILENT_MEL_FRAMES = 16
 FINGERPRINT_VALUES = 64  # values compared before whole clips are
 
 
-def same_row_index(features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def same_row_index(
+    features: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """First occurrence of each distinct clip, and for every clip which of those it equals.
 
     `features` (num_clips, num_mel_bins, mel_frames), `lengths` (num_clips,) valid frames. Returns
@@ -81,7 +85,7 @@ def packed_position_rows(position_ids: torch.Tensor) -> torch.Tensor:
 def policy_class(thinker_class: type) -> type:
     """`thinker_class` with the forward that training needs; see the module's list."""
 
-    class OmniPolicy(thinker_class):  # type: ignore[misc]
+    class OmniPolicy(thinker_class):
         banned_token_ids: torch.Tensor | None = None
 
         def get_audio_features(
@@ -156,8 +160,10 @@ def policy_class(thinker_class: type) -> type:
             placeholders = int((input_ids == self.config.audio_token_id).sum())
             if placeholders != int(tokens.sum()):
                 raise ValueError(
-                    f"{placeholders} audio placeholder tokens for {int(tokens.sum())} audio embeddings "
-                    f"in a micro-batch of {mask.shape[0]} clips: a prompt was cut, or a response holds "
+                    f"{placeholders} audio placeholder tokens for {int(tokens.sum())} audio "
+                    f"embeddings "
+                    f"in a micro-batch of {mask.shape[0]} clips: a prompt was cut, or a response "
+                    f"holds "
                     "a placeholder token."
                 )
 
@@ -165,7 +171,9 @@ def policy_class(thinker_class: type) -> type:
     return OmniPolicy
 
 
-def as_policy(thinker: torch.nn.Module, banned_token_ids: list[int] | None = None) -> torch.nn.Module:
+def as_policy(
+    thinker: torch.nn.Module, banned_token_ids: list[int] | None = None
+) -> torch.nn.Module:
     """Turn a loaded thinker into the policy, in place; returns it."""
     thinker.__class__ = policy_class(type(thinker))
     thinker.banned_token_ids = torch.tensor(banned_token_ids) if banned_token_ids else None

@@ -1,15 +1,16 @@
 """Model config for Qwen2.5-Omni: the thinker is the policy, the folder on disk stays complete.
 
-Select with `actor_rollout_ref.model._target_: soundmind.verl_ext.model.OmniModelConfig`. Against verl's
-`HFModelConfig` it
+Select with `actor_rollout_ref.model._target_: soundmind.verl_ext.model.OmniModelConfig`. Against
+verl's `HFModelConfig` it
 
-* takes the *thinker* part of the full config, the only part that is trained; transformers then finds
-  the right class and strips the `thinker.` prefix while loading, and vLLM still gets the full folder;
+* takes the *thinker* part of the full config, the only part that is trained; transformers then
+  finds the right class and strips the `thinker.` prefix while loading, and vLLM still gets the full
+  folder;
 * builds the processor itself, because verl's loader knows a closed list of processors, and for any
   other one prints a warning and goes on with text-only training.
 
-verl's vLLM server does not use this class: it always builds a plain `HFModelConfig`, which is why the
-placeholder rules live in the agent loop (`soundmind.verl_ext.agent_loop`).
+verl's vLLM server does not use this class: it always builds a plain `HFModelConfig`, which is why
+the placeholder rules live in the agent loop (`soundmind.verl_ext.agent_loop`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class OmniModelConfig(HFModelConfig):
     """verl's model config with the thinker's config and a working processor; see the module."""
 
     model_type: str = MODEL_TYPE
+    hf_config: Any = None
 
     def __post_init__(self) -> None:
         require_loaded()

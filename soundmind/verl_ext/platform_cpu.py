@@ -1,9 +1,9 @@
 """verl's platform for a machine without an accelerator.
 
-verl 0.9.1 has CUDA and NPU platforms and falls back to "nvidia" when it finds neither. This one makes
-every rank a CPU process: collectives over gloo, weights handed over by shared memory, and `GPU` as the
-name of Ray's resource, because the launcher declares as many of them as there are ranks (Ray does not
-check hardware). Memory statistics are zero: there is no device memory.
+verl 0.9.1 has CUDA and NPU platforms and falls back to "nvidia" when it finds neither. This one
+makes every rank a CPU process: collectives over gloo, weights handed over by shared memory, and
+`GPU` as the name of Ray's resource, because the launcher declares as many of them as there are
+ranks (Ray does not check hardware). Memory statistics are zero: there is no device memory.
 """
 
 from __future__ import annotations

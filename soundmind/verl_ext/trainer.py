@@ -2,8 +2,9 @@
 
 Added to `PPOTrainerSync`, nothing replaced:
 
-* `reward/<component>/mean` for every component of the reward, with accuracy, parsed and format rate,
-  and counts of rewards that raised and of sessions that failed (verl drops those without a word);
+* `reward/<component>/mean` for every component of the reward, with accuracy, parsed and format
+  rate, and counts of rewards that raised and of sessions that failed (verl drops those without a
+  word);
 * the same components, row id and finish reason in every dumped rollout;
 * `metrics.jsonl`: one line a step, appended, so that a resumed run keeps its history
   (verl's own file logger starts its file anew);
@@ -59,8 +60,8 @@ def reward_metrics(infos: Iterable[dict[str, Any]]) -> dict[str, float]:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, flat, under verl's own keys plus `step`.
 
-    Appending keeps the steps of an earlier attempt; `forget_after` drops those that a resumed run is
-    about to repeat.
+    Appending keeps the steps of an earlier attempt; `forget_after` drops those that a resumed run
+    is about to repeat.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -134,7 +135,8 @@ class SoundMindTrainer(PPOTrainerSync):
         metrics["rollout/failed_sessions"] = expected - len(infos)
         if len(infos) < expected:
             logger.error(
-                "step %d: %d of %d rollout sessions failed and are missing from the batch; the agent "
+                "step %d: %d of %d rollout sessions failed and are missing from the batch; the "
+                "agent "
                 "loop's log has their tracebacks",
                 self.global_steps,
                 expected - len(infos),
@@ -183,9 +185,7 @@ class SoundMindTrainer(PPOTrainerSync):
             )
 
     def _decode(self, token_ids: Any) -> list[str]:
-        return [
-            self.tokenizer.decode(row, skip_special_tokens=True) for row in token_ids.unbind()
-        ]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in token_ids.unbind()]
 
 
 def _objects(column: Any) -> list[Any]:
@@ -199,7 +199,7 @@ def _session_order(key: str) -> tuple[str, int, int]:
     return uid, int(session), int(output)
 
 
-class SoundMindTaskRunner(TaskRunnerV1.__ray_actor_class__):  # type: ignore[misc,name-defined]
+class SoundMindTaskRunner(TaskRunnerV1.__ray_actor_class__):
     """verl's task runner; importing this module registered the trainer in its process."""
 
     def run(self, config: Any) -> None:
