@@ -1,0 +1,157 @@
+"""The policy's forward: shared clips, packed positions, banned tokens, placeholder counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("verl")
+
+from soundmind.processor import load_processor  # noqa: E402
+from soundmind.prompts import build_messages  # noqa: E402
+from soundmind.tokens import collapse_placeholders, response_banned_token_ids  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def processor(random_stand_in: Path) -> Any:
+    return load_processor(str(random_stand_in))
+
+
+def load_thinker(folder: Path) -> Any:
+    from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(folder).thinker_config
+    return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        folder, config=config, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def thinker(random_stand_in: Path) -> Any:
+    return load_thinker(random_stand_in)
+
+
+@pytest.fixture(scope="module")
+def policy(random_stand_in: Path, processor: Any) -> Any:
+    from soundmind.verl_ext.engine import as_policy
+
+    banned = response_banned_token_ids(processor.tokenizer)
+    return as_policy(load_thinker(random_stand_in), banned).eval()
+
+
+def inputs_for(processor: Any, clips: list[np.ndarray]) -> dict[str, Any]:
+    messages = build_messages("audio", "", "clip", "practice")
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return processor(text=[text] * len(clips), audio=clips, return_tensors="pt", padding=True).data
+
+
+def clip(seed: int, seconds: float) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return (0.1 * generator.standard_normal(int(16_000 * seconds))).astype(np.float32)
+
+
+def logits(model: Any, inputs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def test_shared_clips_are_encoded_once_with_the_same_result(
+    policy: Any, thinker: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = clip(1, 0.6), clip(2, 0.9)
+    inputs = inputs_for(processor, [first, second, first, first, second])
+    seen = []
+    tower = policy.audio_tower
+    stock = type(tower).forward
+
+    def counting(self: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["feature_lens"].shape[0])
+        return stock(self, features, *args, **kwargs)
+
+    monkeypatch.setattr(type(tower), "forward", counting)
+    ours = logits(policy, inputs)
+    assert seen == [2]
+    monkeypatch.undo()
+    mask = inputs["attention_mask"].bool()
+    allowed = torch.ones(ours.shape[-1], dtype=torch.bool)
+    allowed[policy.banned_token_ids] = False
+    torch.testing.assert_close(
+        ours[mask][:, allowed], logits(thinker, inputs)[mask][:, allowed], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_clips_that_differ_in_one_value_are_not_shared() -> None:
+    from soundmind.verl_ext.engine import same_row_index
+
+    features = torch.randn(3, 128, 50)
+    features[1] = features[0]
+    features[2] = features[0]
+    features[2, 77, 31] += 1e-6
+    first, inverse = same_row_index(features, torch.tensor([50, 50, 50]))
+    assert first.tolist() == [0, 2]
+    assert inverse.tolist() == [0, 0, 1]
+
+
+def test_equal_features_of_different_valid_length_are_not_shared() -> None:
+    from soundmind.verl_ext.engine import same_row_index
+
+    features = torch.zeros(2, 128, 50)
+    _, inverse = same_row_index(features, torch.tensor([50, 40]))
+    assert inverse.tolist() == [0, 1]
+
+
+def test_packed_sequences_do_not_see_each_other(policy: Any, processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    texts = ["All wugs are daxes", "Rex is a wug, so Rex is a dax"]
+    rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    alone = [logits(policy, {"input_ids": row[None]})[0] for row in rows]
+    packed = logits(
+        policy,
+        {
+            "input_ids": torch.cat(rows)[None],
+            "attention_mask": None,
+            # Plain positions, as verl carries them: they restart at every sequence.
+            "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+        },
+    )[0]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_banned_tokens_have_no_probability(policy: Any, processor: Any) -> None:
+    row = torch.tensor(processor.tokenizer("All wugs")["input_ids"])[None]
+    probabilities = logits(policy, {"input_ids": row}).softmax(-1)
+    assert float(probabilities[..., policy.banned_token_ids].max()) == 0.0
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert float(probabilities[..., end].min()) > 0.0
+
+
+def test_every_special_token_but_the_end_is_banned(processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    banned = {tokenizer.convert_ids_to_tokens(i) for i in response_banned_token_ids(tokenizer)}
+    assert {"<|AUDIO|>", "<|IMAGE|>", "<|VIDEO|>", "<|im_start|>", "<|audio_bos|>"} <= banned
+    assert "<|im_end|>" not in banned
+
+
+def test_a_placeholder_too_few_is_an_error(policy: Any, processor: Any) -> None:
+    inputs = inputs_for(processor, [clip(1, 0.6)])
+    position = (inputs["input_ids"][0] == policy.config.audio_token_id).nonzero()[0, 0]
+    inputs["input_ids"][0, position] = processor.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="audio placeholder tokens for"):
+        logits(policy, inputs)
+
+
+def test_changing_the_clip_changes_the_log_probabilities(policy: Any, processor: Any) -> None:
+    one = logits(policy, inputs_for(processor, [clip(1, 0.6)]))[0, -1]
+    other = logits(policy, inputs_for(processor, [clip(2, 0.6)]))[0, -1]
+    assert float((one - other).abs().max()) > 1e-3
+
+
+def test_collapsing_leaves_one_placeholder_per_clip() -> None:
+    audio = 7
+    assert collapse_placeholders([1, 7, 7, 7, 2, 3, 7, 2], audio) == [1, 7, 2, 3, 7, 2]
+    assert collapse_placeholders([7, 7], audio) == [7]
+    assert collapse_placeholders([], audio) == []
