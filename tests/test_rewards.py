@@ -1,0 +1,630 @@
+"""Claims about what a response earns; the degenerate ones are the tables of docs/rewards.md."""
+
+import itertools
+import json
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from soundmind import degenerate, guards, rescore, rewards
+from soundmind.labels import ENTAILED, NOT_ENTAILED, VERDICTS, LabelSet, answer_line
+from soundmind.rewards import COMPONENTS, PRESETS, compute_score, max_score, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+RIGHT = "<think>one two three</think>\nAnswer: entailed"
+ROW = {"reference_tokens": 10, "reference_words": 6, "response_tokens": 10}
+SPEECH = {
+    "speech_transcript": "so answer entailed",
+    "speech_tokens": 50,
+    "reference_speech_tokens": 100,
+}
+KEYS = ["score", *COMPONENTS, "acc", "pred", "parsed", "response_tokens", "reward_error"]
+
+TEXTS = st.lists(
+    st.sampled_from(
+        ["<think>", "</think>", "Answer:", " entailed", " not-entailed", "\n", " or ", "a b c d e "]
+    )
+    | st.text(max_size=12),
+    max_size=16,
+).map("".join)
+QUANTITIES = st.none() | st.integers(-5, 3000) | st.floats() | st.text(max_size=3)
+ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(rewards.ROW_KEYS, QUANTITIES))
+
+
+def grade(response: str, truth: str = ENTAILED, row: Any = None, **kwargs: Any) -> dict[str, Any]:
+    return compute_score("soundmind/alr", response, truth, ROW if row is None else row, **kwargs)
+
+
+@pytest.fixture
+def plugin_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("reward_plugins_of_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    """The log of a process that has said nothing yet."""
+    monkeypatch.setattr(rewards, "_logged", set())
+    caplog.set_level(logging.INFO, logger="soundmind.rewards")
+    return caplog
+
+
+# --- the paper's formula
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_an_ideal_response_earns_the_maximum(verdict: str) -> None:
+    response = f"<think>because</think>\n{answer_line(verdict)}"
+    assert grade(response, verdict)["score"] == 4.0
+    spoken = {**ROW, **SPEECH, "speech_transcript": f"so answer {verdict}", "speech_tokens": 100}
+    assert grade(response, verdict, spoken)["score"] == 5.25
+
+
+def test_keys_and_types_are_those_of_the_contract() -> None:
+    result = grade(RIGHT)
+    assert list(result) == KEYS
+    assert {key: type(result[key]) for key in KEYS} == {
+        **dict.fromkeys(KEYS, float),
+        "pred": str,
+        "response_tokens": int,
+    }
+
+
+def test_a_wrong_verdict_in_good_form_keeps_format_and_length() -> None:
+    result = grade(RIGHT, NOT_ENTAILED)
+    assert (result["text_format"], result["answer"], result["acc"]) == (1.0, 0.0, 0.0)
+    assert result["score"] == 2.0 and result["pred"] == ENTAILED and result["parsed"] == 1.0
+
+
+def test_answer_counts_only_in_good_form_and_accuracy_in_any() -> None:
+    result = grade("Answer: entailed", row={**ROW, "response_tokens": 5})
+    assert (result["acc"], result["answer"], result["text_format"]) == (1.0, 0.0, 0.0)
+    assert result["score"] == 0.5
+
+
+def test_truncated_thinking_keeps_only_its_length() -> None:
+    result = grade("<think>one two three", row={**ROW, "response_tokens": 3})
+    assert result["score"] == result["text_length"] == 0.3
+    assert result["parsed"] == 0.0 and result["pred"] == ""
+
+
+@pytest.mark.parametrize(
+    ("preset", "weights"),
+    [
+        ("paper", (1.0, 0.5, 2.0, 1.0, 0.75)),
+        ("no_audio_rewards", (1.0, 0.0, 2.0, 1.0, 0.0)),
+        ("no_text_rewards", (0.0, 1.0, 2.0, 0.0, 1.0)),
+        ("no_answer_reward", (1.0, 0.5, 0.0, 1.0, 0.75)),
+    ],
+)
+def test_presets_are_the_papers_as_printed(preset: str, weights: tuple[float, ...]) -> None:
+    assert tuple(PRESETS[preset].values()) == weights and tuple(PRESETS[preset]) == COMPONENTS
+    assert max_score(preset=preset, has_speech=True) == sum(weights)
+    assert max_score(preset=preset) == weights[0] + weights[2] + weights[3]
+    full = {**ROW, **SPEECH, "speech_tokens": 100}
+    assert grade(RIGHT, row=full, preset=preset)["score"] == sum(weights)
+
+
+def test_ungraded_format_still_gates_the_answer_in_an_ablation() -> None:
+    assert grade(RIGHT, preset="no_text_rewards")["score"] == 2.0
+    assert grade("Answer: entailed", preset="no_text_rewards")["score"] == 0.0
+
+
+# --- ground truth
+
+
+@pytest.mark.parametrize("truth", ["not entailed", "Not-entailed", "not-entailed."])
+def test_ground_truth_is_read_in_both_spellings(truth: str) -> None:
+    assert grade(RIGHT, truth)["acc"] == 0.0
+    assert grade("<think>a</think> Answer: not-entailed", truth)["answer"] == 1.0
+
+
+def test_unknown_ground_truth_is_counted_and_not_raised(log: Any) -> None:
+    result = grade(RIGHT, "perhaps")
+    assert list(result) == KEYS and result["reward_error"] == 1.0 and result["acc"] == 0.0
+    assert "'perhaps' of soundmind/alr" in log.text
+
+
+# --- lengths
+
+
+def test_tokens_of_the_rollout_are_measured_against_reference_tokens() -> None:
+    result = grade(RIGHT, row={"reference_tokens": 40, "reference_words": 1, "response_tokens": 10})
+    assert result["text_length"] == 0.25 and result["response_tokens"] == 10
+
+
+def test_the_token_count_may_come_as_a_keyword() -> None:
+    assert grade(RIGHT, row={"reference_tokens": 40}, response_tokens=20)["text_length"] == 0.5
+
+
+def test_words_are_a_choice_of_the_config() -> None:
+    row = {"reference_tokens": 1, "reference_words": 10, "response_tokens": 10}
+    assert grade(RIGHT, row=row, length_unit="words")["text_length"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "row", [{"reference_words": 10}, {"reference_words": 10, "response_tokens": 9}]
+)
+def test_words_stand_in_for_tokens_that_are_unknown_and_the_log_says_so(
+    row: dict[str, int], log: Any
+) -> None:
+    assert grade(RIGHT, row=row)["text_length"] == 0.5
+    assert "measured in words, not in tokens" in log.text
+
+
+def test_unknown_token_count_is_reported_as_minus_one() -> None:
+    assert grade(RIGHT, row={})["response_tokens"] == -1
+
+
+@pytest.mark.parametrize("reference", [None, 0, -3, float("nan"), float("inf"), "many"])
+def test_a_row_without_reference_loses_the_term_and_the_log_says_so_once(
+    reference: object, log: Any
+) -> None:
+    row = {"reference_tokens": reference, "response_tokens": 5}
+    scores = [grade(RIGHT, row=row)["score"] for _ in range(3)]
+    assert scores == [3.0, 3.0, 3.0]
+    assert log.text.count("row without a reference length") == 1
+
+
+def test_extra_info_may_be_missing_altogether() -> None:
+    assert compute_score("soundmind/alr", RIGHT, ENTAILED)["score"] == 3.0
+
+
+# --- speech
+
+
+def test_without_speech_the_audio_terms_drop_out_and_the_log_says_so_once(log: Any) -> None:
+    results = [grade(RIGHT, row={**ROW, "speech_tokens": None}) for _ in range(3)]
+    assert all(r["audio_format"] == r["audio_length"] == 0.0 for r in results)
+    assert log.text.count("response without speech") == 1
+
+
+def test_speech_is_measured_in_codec_tokens_before_seconds() -> None:
+    row = {**ROW, **SPEECH, "speech_seconds": 9.0, "reference_seconds": 9.0}
+    assert grade(RIGHT, row=row)["audio_length"] == 0.5
+    row["reference_speech_tokens"] = None
+    assert grade(RIGHT, row=row)["audio_length"] == 1.0
+
+
+def test_speech_without_a_reference_loses_its_length_only(log: Any) -> None:
+    row = {**ROW, "speech_transcript": "answer entailed", "speech_seconds": 3.0}
+    result = grade(RIGHT, row=row)
+    assert (result["audio_format"], result["audio_length"]) == (1.0, 0.0)
+    assert "loses audio_length" in log.text
+
+
+def test_speech_without_a_transcript_loses_its_format_only(log: Any) -> None:
+    row = {**ROW, "speech_seconds": 3.0, "reference_seconds": 6.0}
+    result = grade(RIGHT, row=row)
+    assert (result["audio_format"], result["audio_length"]) == (0.0, 0.5)
+    assert "loses audio_format" in log.text
+
+
+def test_a_transcript_that_trails_off_is_no_audio_format() -> None:
+    row = {**ROW, **SPEECH, "speech_transcript": "answer entailed thank you"}
+    assert grade(RIGHT, row=row)["audio_format"] == 0.0
+
+
+# --- configuration
+
+
+def test_single_weights_of_a_preset_can_be_changed() -> None:
+    assert grade(RIGHT, weights={"text_length": 0.0, "answer": 5})["score"] == 6.0
+
+
+def test_a_changed_dict_takes_effect_at_the_next_call() -> None:
+    weights = {"answer": 1.0}
+    before = grade(RIGHT, weights=weights)["score"]
+    weights["answer"] = 2.0
+    assert grade(RIGHT, weights=weights)["score"] == before + 1.0
+
+
+def test_omegaconf_reward_kwargs_work_as_verl_passes_them() -> None:
+    node = OmegaConf.create(
+        {"preset": "no_audio_rewards", "weights": {"answer": 3.0}, "labels": ["yes", "no"]}
+    )
+    kwargs = dict(node)
+    for _ in range(2):
+        result = grade("<think>a</think> Answer: yes", "yes", **kwargs)
+        assert result["score"] == 5.0
+    assert grade(RIGHT, preset="paper")["score"] == 4.0
+
+
+def test_arguments_of_a_reward_model_are_accepted_and_ignored() -> None:
+    assert grade(RIGHT, reward_router_address="x", reward_model_tokenizer=None)["score"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"presett": "paper"}, "unknown key 'presett'"),
+        ({"preset": "papers"}, "'papers' is none of paper, no_audio_rewards"),
+        ({"length_unit": "bytes"}, "'bytes' is neither"),
+        ({"weights": {"format": 1}}, "'format' is no component of preset 'paper'"),
+        ({"weights": {"no_verdict": -1}}, "'no_verdict' is no component of preset 'paper'"),
+        ({"weights": {"answer": "two"}}, "weights.answer: 'two' is not a finite number"),
+        ({"weights": {"answer": float("nan")}}, "not a finite number"),
+        ({"labels": "json"}, "does not begin with pkg://"),
+        ({"labels": [True, False]}, "quote the labels"),
+        ({"labels": ["A"]}, "needs two labels"),
+        ({"labels": "pkg://soundmind.labels:ENTAILED"}, "is no label set"),
+        ({"components": [{"name": "x"}]}, "each entry is"),
+        ({"components": [{"name": "x", "path": "pkg://nowhere:f"}]}, "cannot import 'nowhere'"),
+        ({"components": [{"name": "x", "path": "pkg://json:f"}]}, "'json' has no 'f'"),
+        ({"components": [{"name": "answer", "path": "pkg://json:dumps"}]}, "'answer' is taken"),
+        ({"components": [{"name": "pred", "path": "pkg://json:dumps"}]}, "'pred' is taken"),
+        ({"components": [{"name": "x", "path": "pkg://json:dumps", "w": 1}]}, "unknown key 'w'"),
+        ({"components": [{"name": "x", "path": "pkg://json:__name__"}]}, "not a function"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(**kwargs)
+
+
+# --- plug-ins and other label sets
+
+
+def test_a_plugged_in_component_is_summed_and_returned(plugin_module: Any) -> None:
+    def brevity(response: str, row: dict[str, Any]) -> float:
+        return 1.0 if len(response) < row["limit"] and row["ground_truth"] == ENTAILED else 0.0
+
+    plugin_module.brevity = brevity
+    entry = {"name": "brevity", "path": f"pkg://{plugin_module.__name__}", "weight": 0.5}
+    result = grade(RIGHT, row={**ROW, "limit": 100}, components=[entry])
+    assert result["score"] == 4.5 and result["brevity"] == 1.0
+    assert rewards.component_names(components=[entry]) == (*COMPONENTS, "brevity")
+    assert max_score(components=[entry]) == 4.5
+
+
+def test_the_path_of_a_component_may_name_the_function(plugin_module: Any) -> None:
+    plugin_module.half = lambda response, row: 0.5
+    entry = {"name": "other", "path": f"pkg://{plugin_module.__name__}:half"}
+    assert grade(RIGHT, components=[entry])["other"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1, "much", None])
+def test_a_component_that_leaves_its_range_counts_zero_and_is_counted(
+    plugin_module: Any, bad: object, log: Any
+) -> None:
+    plugin_module.bad = lambda response, row: bad
+    entry = {"name": "bad", "path": f"pkg://{plugin_module.__name__}"}
+    result = grade(RIGHT, components=[entry])
+    assert (result["score"], result["bad"], result["reward_error"]) == (4.0, 0.0, 1.0)
+    assert "component 'bad'" in log.text
+
+
+def test_a_component_that_raises_keeps_the_group_and_logs_one_traceback(
+    plugin_module: Any, log: Any
+) -> None:
+    def fails(response: str, row: dict[str, Any]) -> float:
+        raise KeyError("tempo")
+
+    plugin_module.fails = fails
+    entry = {"name": "fails", "path": f"pkg://{plugin_module.__name__}", "weight": 2.0}
+    results = [grade(RIGHT, components=[entry]) for _ in range(3)]
+    assert [r["score"] for r in results] == [4.0] * 3
+    assert [r["reward_error"] for r in results] == [1.0] * 3
+    assert log.text.count("Traceback") == 1 and "KeyError: 'tempo'" in log.text
+
+
+def test_a_component_cannot_change_the_row(plugin_module: Any) -> None:
+    def greedy(response: str, row: dict[str, Any]) -> float:
+        row["reference_tokens"] = 1
+        return 1.0
+
+    plugin_module.greedy = greedy
+    row = dict(ROW)
+    grade(
+        RIGHT, row=row, components=[{"name": "greedy", "path": "pkg://" + plugin_module.__name__}]
+    )
+    assert row == ROW
+
+
+@pytest.mark.parametrize("labels", [["A", "B", "C", "D"], {"A": ["dog"], "B": ["cat"]}])
+def test_a_multiple_choice_task_uses_the_same_terms(labels: Any) -> None:
+    response = "<think>It barks.</think>\nAnswer: (A)."
+    assert grade(response, "A", labels=labels)["score"] == 4.0
+    assert grade(response, "B", labels=labels)["score"] == 2.0
+    spoken = {**ROW, **SPEECH, "speech_transcript": "so the answer A"}
+    assert grade(response, "A", spoken, labels=labels)["audio_format"] == 1.0
+
+
+def test_a_label_set_can_come_from_a_module(plugin_module: Any) -> None:
+    plugin_module.SOUNDS = LabelSet.build("sounds", {"dog": ["barking"], "cat": []})
+    labels = f"pkg://{plugin_module.__name__}:SOUNDS"
+    assert grade("<think>a</think> Answer: barking", "dog", labels=labels)["answer"] == 1.0
+
+
+# --- guards
+
+
+def test_guards_leave_an_honest_answer_of_natural_length_alone() -> None:
+    for truth in VERDICTS:
+        honest = degenerate.honest(ENTAILED)
+        paper, guarded = (degenerate.earned(honest, truth, p) for p in ("paper", "guarded"))
+        assert guarded["score"] == paper["score"]
+
+
+def test_guarded_adds_one_key_and_charges_for_no_verdict() -> None:
+    result = grade("hello", row={}, preset="guarded")
+    assert list(result) == [*KEYS[:6], "no_verdict", *KEYS[6:]]
+    assert result["score"] == -0.25 and max_score(preset="guarded") == 4.0
+
+
+def test_repeating_half_the_reasoning_earns_half_the_length() -> None:
+    half = degenerate.REASONING[: len(degenerate.REASONING) // 2]
+    once, twice = (
+        degenerate.earned(degenerate.think(text), NOT_ENTAILED, "guarded")["text_length"]
+        for text in (half, f"{half} {half}")
+    )
+    assert twice <= 1.3 * once  # type: ignore[operator]
+
+
+def test_over_length_tapers_between_two_and_four_references() -> None:
+    lengths = [
+        grade(RIGHT, row={"reference_tokens": 10, "response_tokens": n}, preset="guarded")
+        for n in (10, 20, 30, 40, 100)
+    ]
+    assert [result["text_length"] for result in lengths] == [1.0, 1.0, 0.5, 0.0, 0.0]
+
+
+def test_novelty_is_read_by_character_where_there_are_no_words() -> None:
+    assert guards.novelty("a" * 5000) < 0.01
+    assert guards.novelty("\u7532\u4e59\u4e19\u4e01\u620a\u5df1\u5e9a\u8f9b\u58ec\u7678") == 1.0
+    assert guards.novelty("") == guards.novelty("one two three") == 1.0
+
+
+def test_novelty_factor_is_continuous_and_never_falls() -> None:
+    factors = [guards.novelty_factor(i / 1000) for i in range(1001)]
+    steps = [b - a for a, b in itertools.pairwise(factors)]
+    assert factors[0] == 0.0 and factors[-1] == 1.0 and min(steps) >= 0.0 and max(steps) < 0.01
+
+
+# --- degenerate responses
+
+
+def test_there_are_forty_degenerate_responses_or_more() -> None:
+    assert len({case.response for case in degenerate.RESPONSES}) == len(degenerate.RESPONSES) >= 40
+
+
+@pytest.mark.parametrize("case", degenerate.RESPONSES, ids=lambda case: case.what)
+def test_no_degenerate_response_earns_the_answer(case: degenerate.Degenerate) -> None:
+    for preset in PRESETS:
+        for truth in VERDICTS:
+            result = degenerate.earned(case.response, truth, preset)
+            assert result["answer"] == 0.0 and result["text_format"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "case", (*degenerate.RESPONSES, *degenerate.SHELLS), ids=lambda case: case.what
+)
+def test_under_guards_none_outscores_an_honest_wrong_answer(case: degenerate.Degenerate) -> None:
+    honest = degenerate.earned(degenerate.honest(ENTAILED), NOT_ENTAILED, "guarded")["score"]
+    wrong = [NOT_ENTAILED] if case in degenerate.SHELLS else VERDICTS
+    for truth in wrong:
+        assert degenerate.earned(case.response, truth, "guarded")["score"] <= honest  # type: ignore[operator]
+
+
+def test_under_guards_a_loop_earns_no_answer_even_if_it_guesses_right() -> None:
+    loops = [c for c in degenerate.SHELLS if "to the reference" in c.what or "over" in c.what]
+    loops = [c for c in loops if "random" not in c.what]
+    assert len(loops) == 3
+    for case in loops:
+        assert degenerate.earned(case.response, ENTAILED, "paper")["answer"] == 1.0
+        assert degenerate.earned(case.response, ENTAILED, "guarded")["answer"] == 0.0
+
+
+def test_the_page_shows_what_degenerate_responses_earn() -> None:
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    assert degenerate.page_block() in page, (
+        "docs/rewards.md is stale: python -m soundmind.degenerate --write docs/rewards.md"
+    )
+
+
+def test_writing_the_page_replaces_only_what_is_between_the_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{degenerate.BEGIN}\nold\n{degenerate.END}\nbelow\n")
+    degenerate.write_page(page)
+    assert page.read_text() == f"above\n{degenerate.page_block()}\nbelow\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="no lines"):
+        degenerate.write_page(page)
+
+
+# --- properties
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, st.sampled_from(VERDICTS) | st.text(max_size=5), ROWS, st.sampled_from(list(PRESETS)))
+def test_components_are_bounded_keys_constant_and_score_their_weighted_sum(
+    text: str, truth: str, row: dict[str, Any], preset: str
+) -> None:
+    result = grade(text, truth, row, preset=preset)
+    weights = PRESETS[preset]
+    assert list(result) == list(grade("", preset=preset))
+    assert all(0.0 <= result[name] <= 1.0 for name in weights)
+    assert result["score"] == pytest.approx(sum(w * result[name] for name, w in weights.items()))
+    assert result["score"] <= max_score(preset=preset, has_speech=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, st.sampled_from(VERDICTS))
+def test_answer_implies_format_and_accuracy(text: str, truth: str) -> None:
+    result = grade(f"<think>{text}</think>\n{answer_line(truth)}", truth)
+    assert result["answer"] == min(result["text_format"], result["acc"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, st.booleans())
+def test_flipping_the_truth_flips_the_answer_and_nothing_else(text: str, framed: bool) -> None:
+    text = f"<think>a{text.replace('think', '')}</think>\nAnswer: entailed" if framed else text
+    one, other = (grade(text, truth) for truth in VERDICTS)
+    expected = one["text_format"] if one["parsed"] else 0.0
+    assert one["answer"] + other["answer"] == expected
+    assert one["acc"] + other["acc"] == one["parsed"]
+    differing = {key for key in KEYS if one[key] != other[key]}
+    assert differing <= {"answer", "acc", "score"}
+    assert not framed or differing == {"answer", "acc", "score"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 5000), st.integers(0, 5000), st.integers(1, 2500))
+def test_length_credit_rises_up_to_the_reference_and_is_flat_after_it(
+    first: int, second: int, reference: int
+) -> None:
+    low, high = (
+        grade(RIGHT, row={"reference_tokens": reference, "response_tokens": n})["text_length"]
+        for n in sorted((first, second))
+    )
+    assert low <= high
+    if min(first, second) >= reference:
+        assert low == high == 1.0
+    elif first != second:
+        assert low < high
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS, st.sampled_from(list(PRESETS)))
+def test_grading_is_deterministic_and_leaves_the_row_alone(text: str, preset: str) -> None:
+    row = dict(ROW)
+    assert grade(text, row=row, preset=preset) == grade(text, row=row, preset=preset)
+    assert row == ROW
+
+
+def test_threads_with_different_configurations_do_not_disturb_each_other() -> None:
+    wrong: list[float] = []
+
+    def work(weight: float) -> None:
+        for _ in range(500):
+            score = grade(RIGHT, weights={"answer": weight})["score"]
+            if score != 2.0 + weight:
+                wrong.append(score)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- verl's contract and imports
+
+
+def test_importing_the_reward_needs_the_standard_library_alone() -> None:
+    code = (
+        "import sys; import soundmind.rewards, soundmind.rescore, soundmind.degenerate; "
+        "heavy = {'torch', 'numpy', 'verl', 'vllm', 'transformers', 'omegaconf'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
+# --- saved responses
+
+
+def save(path: Path, *lines: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_verls_dump_is_scored_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dump = {"input": "?", "output": RIGHT, "gts": ENTAILED, "score": 1.0, "step": 3}
+    row = {"reference_tokens": 20, "response_tokens": 10}
+    path = save(tmp_path / "3.jsonl", {**dump, **row}, {**dump, **row, "gts": NOT_ENTAILED})
+    assert rescore.main([str(path)]) == 0
+    table = capsys.readouterr().out
+    assert "2 responses, preset paper" in table
+    assert ["answer", "2.00", "0.5000", "1", "0", "1"] in [
+        line.split() for line in table.split("\n")
+    ]
+    assert "text_length         1.00   0.5000       0       2       0" in table
+    assert "2 of 2 lines differ now" in table and "tokens 2" in table
+
+
+def test_predictions_with_a_label_are_scored_again(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "predictions.jsonl",
+        {"response": RIGHT, "label": 1, "extra_info": {**ROW}},
+        {"response": RIGHT, "ground_truth": NOT_ENTAILED, "response_tokens": -1},
+    )
+    first, second = rescore.rescore(rescore.read_saved(path))
+    assert (first["score"], second["score"]) == (4.0, 1.0)
+    assert "score_before" not in first
+
+
+def test_a_dump_without_reference_lengths_gets_its_length_credit_back(tmp_path: Path) -> None:
+    saved = [
+        grade(RIGHT, row={"reference_tokens": n, "response_tokens": 10}) for n in (5, 10, 17, 40)
+    ]
+    path = save(tmp_path / "1.jsonl", *({"output": RIGHT, "gts": ENTAILED, **s} for s in saved))
+    again = rescore.rescore(rescore.read_saved(path))
+    assert [a["score"] for a in again] == pytest.approx([s["score"] for s in saved])
+    other = rescore.rescore(rescore.read_saved(path), preset="no_answer_reward")
+    assert [a["score"] for a in other] == pytest.approx([s["score"] - 2.0 for s in saved])
+
+
+def test_rescoring_takes_preset_labels_and_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(
+        tmp_path / "p.jsonl",
+        {"response": "<think>a</think> Answer: B", "ground_truth": "B", "data_source": "mcq"},
+        {"response": "<think>a</think> Answer: C", "label": 0, "data_source": "other"},
+    )
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "reward:\n  custom_reward_function:\n    reward_kwargs:\n      weights: {answer: 7}\n"
+    )
+    arguments = [str(path), "--config", str(config), "--labels", "A,B,C", "--preset", "guarded"]
+    assert rescore.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 0
+    table = capsys.readouterr().out
+    assert "1 responses of mcq, preset guarded, labels A/B/C" in table and "of other" in table
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == [8.0, 1.0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "p.jsonl", "run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no responses in it"),
+        ("{}\n", r"bad.jsonl:1: needs the response under 'output' or 'response'"),
+        ("\n[1]\n", "bad.jsonl:2: a JSON object is wanted, found list"),
+        ("{\n", "bad.jsonl:1: not a JSON line"),
+        ('{"response": "x", "label": 2}\n', "label 2 is not an index"),
+    ],
+)
+def test_unreadable_input_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    assert rescore.main([str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_runs_as_documented(tmp_path: Path) -> None:
+    path = save(tmp_path / "p.jsonl", {"response": RIGHT, "label": 1, **ROW})
+    run = subprocess.run(
+        [sys.executable, "-m", "soundmind.rewards", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "acc 1.0000 1 of 1" in " ".join(run.stdout.split()) and run.stderr == ""
