@@ -39,6 +39,12 @@ def read_rows(path: str, original: str | None = None, root: str | None = None) -
     relative to that. `root` replaces it. Raises FileNotFoundError where the clips are not there.
     """
     file = pq.ParquetFile(path)
+    missing = {"prompt", "extra_info", "audio"}.difference(file.schema_arrow.names)
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(sorted(missing))}; prepare the data with: "
+            "python -m soundmind.preprocess"
+        )
     names = [name for name in file.schema_arrow.names if name != "audio"]
     table = file.read(columns=[*names, "audio.path"])
     paths = [clip["path"] if clip else None for clip in table["audio"].to_pylist()]

@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"\n{len(error.faults)} faults ({_counts_text(counts)}); nothing written. "
             "Mend the data, or leave these rows out with --on-error skip"
         )
-    except (SourceError, FileNotFoundError) as error:
+    except (SourceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
@@ -186,6 +187,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.workers is not None and arguments.workers < 1:
         parser.error(f"--workers must be at least 1, got {arguments.workers}")
+    if arguments.embed_audio and arguments.mode == "text":
+        print("note: text mode has no clips, --embed-audio changes nothing", file=sys.stderr)
+        arguments.embed_audio = False
     return arguments
 
 
@@ -194,7 +198,7 @@ def resolve(arguments: argparse.Namespace) -> Job:
     splits: tuple[Split, ...] = tuple(s for s in SPLITS if s in arguments.splits)
     with_answers = arguments.mode != "text" and not arguments.questions_only
     name = arguments.data_dir or f"data/{arguments.task}"
-    if is_hub_id(name):
+    if arguments.data_dir and is_hub_id(name):
         target = Path("data") / name.rpartition("/")[2]
         root = fetch_dataset(name, target, list(splits), arguments.mode, with_answers)
     else:
@@ -217,7 +221,7 @@ def resolve(arguments: argparse.Namespace) -> Job:
         options=Options(arguments.mode, arguments.task, with_answers, tokenizer_file, sha256),
         tokenizer=tokenizer,
         on_error=arguments.on_error,
-        embed_audio=arguments.embed_audio and arguments.mode != "text",
+        embed_audio=arguments.embed_audio,
         drop_overlap=arguments.drop_overlap,
         workers=arguments.workers or min(8, len(_usable_cores())),
         list_all=arguments.list_all,
@@ -338,6 +342,7 @@ def scan_in_order(
         return
     import multiprocessing
     from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     pool = ProcessPoolExecutor(
         job.workers,
@@ -356,6 +361,11 @@ def scan_in_order(
             while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()
+        except BrokenProcessPool:
+            raise SourceError(
+                "a worker process was killed, probably for want of memory; the same command goes "
+                "on where this one stopped, with --workers 1 on a small machine"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -365,6 +375,7 @@ _worker_counter: TokenCounter | None = None
 
 def _start_worker(options: Options, parent: int) -> None:
     global _worker_counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     _worker_counter = _make_counter(options)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal
 
 from soundmind.hub import hub_is_reachable
@@ -94,9 +95,10 @@ class Candidate:
 
 
 def is_hub_id(data_dir: str) -> bool:
-    """`org/name` that is no local path; `data/alr` with a local `data` folder is a path."""
+    """`org/name` that is no local path; anything in `data` or another local folder is a path."""
     path = Path(data_dir)
-    return bool(_HUB_ID.fullmatch(data_dir)) and not path.exists() and not path.parent.exists()
+    local = path.exists() or path.parent.exists() or path.parts[:1] == ("data",)
+    return not local and _HUB_ID.fullmatch(data_dir) is not None
 
 
 def find_split(root: Path, split: Split) -> SplitSource:
@@ -310,12 +312,15 @@ def _checked(
             candidate.add_fault("link-leaves-root", f"{relative} is a link to {real}")
             return None
     try:
-        stat = os.stat(path)
+        status = os.stat(path)
     except OSError:
         if required:
             candidate.add_fault("missing-clip", f"{relative} not found")
         return None
-    candidate.stats.append((relative, stat.st_size, stat.st_mtime_ns))
+    if not S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        candidate.add_fault("unreadable-clip", f"{relative} is not a regular file")
+        return None
+    candidate.stats.append((relative, status.st_size, status.st_mtime_ns))
     return relative
 
 

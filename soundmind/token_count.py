@@ -20,7 +20,7 @@ from typing import Any
 from soundmind.hub import hub_is_reachable
 
 # The splitting rule of Qwen2, Qwen2.5 and Qwen2.5-Omni tokenizers, as tokenizer.json spells it.
-_QWEN2_SPLIT = (
+QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -100,7 +100,7 @@ def splits_like_qwen2(spec: dict[str, Any]) -> bool:
         return False
     split, byte_level = steps
     return (
-        split.get("pattern") == {"Regex": _QWEN2_SPLIT}
+        split.get("pattern") == {"Regex": QWEN2_SPLIT}
         and split.get("behavior") == "Isolated"
         and not split.get("invert")
         and not byte_level.get("add_prefix_space")

@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from alr_data import (  # noqa: F401  # fixtures: data folders made of noise
+    alr_dev,
+    bpe_folder,
+    make_github,
+    make_huggingface,
+    noise_clip,
+)
 from processes import REPOSITORY, clean_environment
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("verl")
@@ -260,6 +262,22 @@ def test_verls_own_class_reads_and_renders_the_same(make_github: MakeData, proce
             ]
             assert rendered[0] == rendered[1]
             assert theirs[index]["extra_info"] == ours[index]["extra_info"]
+
+
+def test_foreign_parquet_is_refused_with_the_command_to_run(processor: Any, tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["hello"]})
+    pq.write_table(table, tmp_path / "foreign.parquet")
+    with pytest.raises(ValueError, match=r"no column audio, extra_info.*soundmind\.preprocess"):
+        load([tmp_path / "foreign.parquet"], processor)
+
+
+def test_settings_may_be_absent_from_a_closed_config(make_github: MakeData, processor: Any) -> None:
+    path = prepare(make_github({"train": 2}), "audio")
+    config = OmegaConf.create({"max_prompt_length": 512, "filter_overlong_prompts": False})
+    OmegaConf.set_struct(config, True)
+    rows = AudioRLHFDataset([str(path)], processor.tokenizer, config, processor)
+    messages = rows[0]["raw_prompt"]
+    assert len(AudioRLHFDataset._process_multi_modal_info(messages, 14, config)[2] or []) == 1
 
 
 def test_max_samples_takes_the_first_rows(make_github: MakeData, processor: Any) -> None:

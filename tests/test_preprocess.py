@@ -272,6 +272,31 @@ def test_every_fault_of_a_line_is_listed(
         assert kind in output
 
 
+def test_file_without_one_good_row_lists_its_faults_and_writes_nothing(
+    make_github: MakeData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_github({"dev": 2})
+    (root / "dev.jsonl").write_text("{\n[]\n", "utf-8")
+    assert run(root, "--splits", "dev") == 2
+    assert capsys.readouterr().out.count("broken-json") == 3  # two lines and the sum
+    assert run(root, "--splits", "dev", "--on-error", "skip") == 2
+    assert "no row of split dev is left" in capsys.readouterr().err
+    (root / "dev.jsonl").write_text("\n", "utf-8")
+    assert run(root, "--splits", "dev") == 2
+    assert "no annotations" in capsys.readouterr().err
+    assert not list((root / "parquet").rglob("*.parquet"))
+
+
+def test_pipe_in_place_of_a_clip_does_not_hang(
+    make_github: MakeData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_github({"dev": 2})
+    (root / "dev/0001/question.wav").unlink()
+    os.mkfifo(root / "dev/0001/question.wav")
+    assert run(root, "--splits", "dev") == 2
+    assert "not a regular file" in capsys.readouterr().out
+
+
 def test_folder_link_that_stays_inside_is_fine(make_github: MakeData) -> None:
     root = make_github({"dev": 2})
     (root / "dev/0000").rename(root / "moved")
@@ -311,6 +336,15 @@ def test_missing_split_names_the_command_that_fetches_it(
     assert "download_data.sh train" in capsys.readouterr().err
     assert run(root.parent / "nowhere") == 2
     assert "nowhere not found" in capsys.readouterr().err
+
+
+def test_default_folder_is_not_taken_for_a_hub_id(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--data-dir", "data/alr"]):
+        assert preprocess.main(["--mode", "audio", *arguments]) == 2
+        assert "data/alr not found. Fetch it with: bash scripts" in capsys.readouterr().err
 
 
 def test_hub_without_network_is_a_plain_message(
