@@ -25,7 +25,8 @@ Rules of the verdict parser [ours; the paper states no parser, sec. 4 and 5.1 on
     "entailed?" are no verdict.
 3.  Closing lines that each say `Answer:` and contradict one another are no verdict. An earlier
     verdict that other words follow was taken back: the last one holds.
-4.  Letters are compared as they are. A Cyrillic letter, a zero-width space or a right-to-left mark
+4.  Answer lines further than 65,536 characters from the end are too early to be final.
+5.  Letters are compared as they are. A Cyrillic letter, a zero-width space or a right-to-left mark
     inside the phrase makes it a different phrase.
 
 Nothing is read or written; standard library only; time is linear in the length of the text.
@@ -33,6 +34,8 @@ Nothing is read or written; standard library only; time is linear in the length 
 
 from __future__ import annotations
 
+import collections
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +57,7 @@ _TAG = re.compile(r"</?think>", re.IGNORECASE)
 _MARKER = re.compile(r"answer[*_`\"' \t]{0,8}:")
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _SPOKEN_WORD = re.compile(r"[^\W_]+")
+_CLOSING_WINDOW = 65_536  # characters at the end in which answer lines are read one by one
 _LONGEST_PHRASE = 1000  # characters; a megabyte after `Answer:` is not worth splitting
 _SPOKEN_TAIL = 400  # characters of a transcript in which its last words are looked for
 
@@ -167,18 +171,21 @@ def split_response(text: str, labels: LabelSet = ENTAILMENT) -> Response:
     alone has seven; read as the last five words it fits every published annotation. [paper] sec. 4
     The single-block, nothing-before and stated-once clauses are [ours].
     """
-    tags = list(_TAG.finditer(text))
+    found = _TAG.finditer(text)
+    tags = list(itertools.islice(found, 3))  # three already break the format
+    last = next(iter(collections.deque(found, maxlen=1)), tags[-1] if tags else None)
     one_block = (
         len(tags) == 2
         and tags[0].group() == "<think>"
         and tags[1].group() == "</think>"
         and not text[: tags[0].start()].strip()
     )
-    if not tags:
+    if last is None:
         after = text
+    elif last.group()[1] == "/":
+        after = text[last.end() :]
     else:
-        last = tags[-1]
-        after = text[last.end() :] if last.group()[1] == "/" else ""  # left open: all is thinking
+        after = ""  # left open: all of it is thinking
     verdict, closes = _final_verdict(after, labels)
     thinking = text[tags[0].end() : tags[1].start()] if one_block else ""
     return Response(text, thinking, after, verdict, one_block, closes)
@@ -237,7 +244,8 @@ def _final_verdict(after: str, labels: LabelSet) -> tuple[str | None, bool]:
 
     Works on the lower-cased text throughout, as lower-casing may change lengths.
     """
-    lowered = after.lower()
+    whole = after.lower()
+    lowered = whole[-_CLOSING_WINDOW:]
     lines = _answer_lines(lowered)
     final = next(lines, None)
     if final is None:
@@ -247,7 +255,7 @@ def _final_verdict(after: str, labels: LabelSet) -> tuple[str | None, bool]:
     if verdict is None or tail.startswith("or "):
         return None, False
 
-    stated_once = final.num_markers == 1
+    stated_once = final.num_markers == 1 and not _MARKER.search(whole[:-_CLOSING_WINDOW])
     below = final
     for line in lines:
         stated_once = False

@@ -155,6 +155,20 @@ def test_an_explanation_after_the_verdict_costs_the_format_and_not_the_verdict()
     assert response.verdict == NOT_ENTAILED and not response.well_formed
 
 
+def test_an_answer_line_far_from_the_end_is_not_final_but_still_counts_as_stated() -> None:
+    assert parse_verdict("Answer: entailed\n" + "so " * 30_000) is None
+    response = split_response("<think>a</think>\nAnswer: entailed\n" + "so " * 30_000 + "\n"
+                              "Answer: entailed")  # fmt: skip
+    assert response.verdict == ENTAILED and not response.well_formed
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 4, 1000])
+def test_the_text_after_the_last_of_many_blocks_is_read(num_blocks: int) -> None:
+    blocks = "<think>Answer: entailed</think>" * num_blocks
+    assert parse_verdict(blocks + "\nAnswer: not entailed") == NOT_ENTAILED
+    assert parse_verdict(blocks + "\n<think>\nAnswer: not entailed") is None
+
+
 def test_only_text_after_the_thinking_is_read() -> None:
     text = "<think>Answer: entailed</think>\nAnswer: not entailed"
     assert parse_verdict(text) == NOT_ENTAILED
