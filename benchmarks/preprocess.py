@@ -9,7 +9,8 @@ Clips are generated: headers and sizes of 62 s questions and 590 s answers, 24 k
 which only the beginning is written and the rest is a hole in the file, as preprocessing reads no
 more; beyond 6,446 rows they are hard links. Clips that are decoded (comparison, loading) are full.
 
-    rows/s    rows over the wall time of the whole command, start of Python included, or without it
+    rows/s    rows over the wall time of the whole command, start of Python included; the CPU
+              seconds beside it hardly change when the machine is busy with something else
     memory    highest sum of resident memory over the command's processes, polled 20 times a second
               (pages that processes share are counted in each of them)
     decoded   rows as the released scripts store them, through a `datasets` pipeline: the question's
@@ -27,6 +28,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
 import tempfile
@@ -124,9 +126,11 @@ def speed_and_memory(
         folder = root / f"rows{size}"
         make_rows(folder, "train", lines, size)
         write_clips(folder, "train", size, lines, linked_to=root / f"rows{PUBLISHED_ROWS}")
+        before = cpu_seconds()
         seconds, peak = run_preprocess(folder, "audio", tokenizer, "--splits", "train")
+        speed = f"{size / seconds:,.0f} rows/s ({cpu_seconds() - before:.1f} CPU s)"
         wanted = "at least 1,000 rows/s" if size == PUBLISHED_ROWS else ""
-        yield f"speed, {size:,} rows, start-up included", f"{size / seconds:,.0f} rows/s", wanted
+        yield f"speed, {size:,} rows, start-up included", speed, wanted
         wanted = "under 1,000 MB" if size == PUBLISHED_ROWS else "flat from 600 to 64,460"
         yield f"memory, {size:,} rows", f"{peak / 1e6:,.0f} MB", wanted
         if size == PUBLISHED_ROWS:
@@ -319,6 +323,12 @@ def run(command: Sequence[str]) -> tuple[float, int, str]:
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{text}")
     return seconds, peak, text
+
+
+def cpu_seconds() -> float:
+    """CPU time of every process that this one has started and seen end."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def resident_bytes(process: psutil.Process) -> int:

@@ -157,7 +157,7 @@ def scan_chunk(
     if parts is None:
         return ScannedChunk(key, None, reused=False)
     part = parts / f"{chunk.source.split}-{chunk.index:06d}-{key[:32]}.arrow"
-    reused = part.exists()
+    reused = part.exists() and _is_whole(part)
     if not reused:
         _write_part(part, *_build_columns(candidates, chunk.source.root, options, counter))
     return ScannedChunk(key, part, reused)
@@ -194,6 +194,17 @@ def read_part(part: Path) -> tuple[pa.Table, dict[str, Any]]:
 
     table = pa.ipc.open_file(pa.memory_map(str(part))).read_all()
     return table, json.loads(table.schema.metadata[b"notes"])
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part can be read; after a power cut it may have its name and not its content."""
+    import pyarrow as pa
+
+    try:
+        read_part(part)
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError):
+        return False
+    return True
 
 
 def _build_columns(

@@ -31,8 +31,11 @@ _PLAIN_SPLIT = re.compile(
     r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]"
     rf"| ?[^{_SPACE}A-Za-z0-9]+[\r\n]*|[{_SPACE}]*[\r\n]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
 )
-# ASCII without the separators U+001C to U+001F, and the punctuation of typeset English.
-_NOT_PLAIN = re.compile("[^\t\n\v\f\r -~\u2013\u2014\u2018\u2019\u201c\u201d\u2026]")
+# ASCII without the separators U+001C to U+001F, the punctuation of typeset English, arrows and
+# mathematical operators: none of the others is a letter, digit or space, or changes under NFC.
+_NOT_PLAIN = re.compile(
+    "[^\t\n\v\f\r -~\u2013\u2014\u2018\u2019\u201c\u201d\u2026\u00ac\u2190-\u22ff]"
+)
 _MAX_CACHED = 500_000  # pre-tokens; some 60 MB at the very most, 14,000 on real text
 
 

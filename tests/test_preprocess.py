@@ -524,6 +524,18 @@ def test_killed_run_leaves_no_half_file_and_is_picked_up(
     assert content_of(root) == resumed
 
 
+def test_part_damaged_by_a_power_cut_is_made_again(make_github: MakeData) -> None:
+    root = make_github({"dev": 3})
+    arguments = ["--mode", "audio", "--data-dir", str(root), "--tokenizer", "none"]
+    job = preprocess.resolve(preprocess.parse_arguments([*arguments, "--splits", "dev"]))
+    job.work.mkdir(parents=True)
+    sources = [preprocess.find_split(job.root, "dev")]
+    (part,) = preprocess.scan_splits(job, sources, job.work)["dev"].parts
+    part.write_bytes(bytes(part.stat().st_size))
+    assert run(root, "--splits", "dev") == 0
+    assert len(rows_of(root, "dev")) == 3
+
+
 def group_is_alive(group: int) -> bool:
     """Whether a running process of the group is left; zombies nobody collected do not count."""
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from soundmind import token_count
 from soundmind.token_count import TokenCounter, find_tokenizer_file, splits_like_qwen2
 
 WORDS = ["it's", "'S", "'ll", "'", "...", "?\n\n", "12", "a1b", "Premise", "é", "前提", "<|AUDIO|>"]
 MARKS = ["\u2014", "\u2019s", "\u0663", "\u017f", " ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85"]
+MARKS += ["\u2192", "\u2200x", " \u00ac"]
 PIECES = st.sampled_from(WORDS + MARKS)
 
 
@@ -28,6 +31,17 @@ def test_count_is_the_tokenizers_own(both: tuple[TokenCounter, Tokenizer], text:
     if text.isprintable() or text.encode("utf-8", "ignore").decode() == text:
         expected = len(tokenizer.encode(text, add_special_tokens=False))
         assert counter.count([text, text]) == [expected, expected]
+
+
+def test_plain_characters_beyond_ascii_are_neither_letters_digits_nor_spaces() -> None:
+    plain = [chr(i) for i in range(128, 0x3000) if not token_count._NOT_PLAIN.search(chr(i))]
+    assert len(plain) > 300
+    for character in plain:
+        assert unicodedata.category(character)[0] in "PS"
+        assert unicodedata.normalize("NFC", character) == character
+    # none of them joins with a plain neighbour either
+    text = "".join(f"{character}a={character} {character}" for character in plain)
+    assert unicodedata.normalize("NFC", text) == text
 
 
 def test_real_annotations_are_counted_exactly(
