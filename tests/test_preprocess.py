@@ -493,8 +493,8 @@ def test_killed_run_leaves_no_half_file_and_is_picked_up(
 ) -> None:
     root = make_github({"train": 1})
     line = json.loads((root / "train.jsonl").read_text("utf-8"))
-    line["answer"] = "word " * 3000 + "Answer: not entailed."
-    lines = [json.dumps({**line, "id": f"{i:05d}"}) for i in range(6000)]
+    line["answer"] = "word " * 1500 + "Answer: not entailed."
+    lines = [json.dumps({**line, "id": f"{i:05d}"}) for i in range(4096)]
     (root / "train.jsonl").write_text("\n".join(lines), "utf-8")
     command = [sys.executable, "-m", "soundmind.preprocess", "--mode", "text", "--splits", "train"]
     command += ["--data-dir", str(root), "--tokenizer", "none", "--workers", "2"]
@@ -516,7 +516,7 @@ def test_killed_run_leaves_no_half_file_and_is_picked_up(
     assert set(finished) <= set(scanned["train"].parts)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # used as they were
     assert run(root, "--splits", "train", mode="text") == 0
-    assert len(rows_of(root, "train", "text")) == 6000
+    assert len(rows_of(root, "train", "text")) == 4096
     assert not work.exists()
     resumed = content_of(root)
     shutil.rmtree(root / "parquet")

@@ -22,7 +22,12 @@ from uuid import uuid4
 import numpy as np
 import ray
 import torch
-from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
+from verl.experimental.agent_loop.agent_loop import (
+    AgentLoopBase,
+    AgentLoopOutput,
+    DictConfigWrap,
+    register,
+)
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.profiler import simple_timer
 
@@ -162,13 +167,44 @@ class AudioAgentLoop(AgentLoopBase):
 
 
 class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
-    """verl's worker, passing on the features the loop already has."""
+    """verl's worker, passing on the features the loop already has.
+
+    The loop keeps nothing between sessions, so one instance serves them all; verl would build one for
+    every rollout, configuration copy included.
+    """
 
     # Ray copies the constructor of an actor class and ships the copy by value. An inherited one
     # would take verl's decorated class along as a second copy, which its own `super()` then
     # rejects.
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._audio_loop: AudioAgentLoop | None = None
+
+    async def _run_agent_loop(
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        if agent_name != AGENT_LOOP or trace:
+            return await super()._run_agent_loop(
+                sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+            )
+        if self._audio_loop is None:
+            self._audio_loop = AudioAgentLoop(
+                trainer_config=DictConfigWrap(config=self.config),
+                server_manager=self.llm_client,
+                tokenizer=self.tokenizer,
+                processor=self.processor,
+                dataset_cls=self.dataset_cls,
+                data_config=DictConfigWrap(self.config.data),
+                hf_model_type=self.hf_model_type,
+            )
+        output = await self._audio_loop.run(sampling_params, **kwargs)
+        return await self._agent_loop_postprocess(output, trajectory["validate"], **kwargs)
 
     def _compute_multi_modal_inputs(
         self, output: AgentLoopOutput, input_ids: torch.Tensor
