@@ -44,9 +44,7 @@ ADVERSARIAL: dict[str, Callable[[int], str]] = {
     "one letter": lambda n: "a" * n,
     "spaces": lambda n: " " * n,
     "words": lambda n: "ab " * (n // 3),
-    "random words": lambda n: " ".join(
-        "".join(random.Random(0).choices("abcdefgh", k=n)) [i : i + 5] for i in range(0, n, 6)
-    ),
+    "random words": lambda n: "".join(random.Random(0).choices("abcdefg ", k=n)),
     "open brackets": lambda n: "<" * n,
     "half tags": lambda n: "</think" * (n // 7),
     "opening tags": lambda n: "<think>" * (n // 7),
