@@ -118,14 +118,30 @@ def place_run(config: DictConfig, folder: RunFolder, attempt: int, ray_dir: Path
 
 @contextmanager
 def short_temporary_folder() -> Iterator[Path]:
-    """A folder for Ray with a path short enough for its sockets (107 characters), removed "
-    "afterwards."""
-    base = "/tmp" if os.path.isdir("/tmp") and os.access("/tmp", os.W_OK) else None
-    path = Path(tempfile.mkdtemp(prefix="sm-ray-", dir=base))
+    """A folder for Ray, its path short enough for sockets (107 characters), removed afterwards.
+
+    Folders of launchers that were killed are removed as well.
+    """
+    base = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    for stale in base.glob("sm-ray-*-*"):
+        owner = stale.name.split("-")[2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(stale, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=f"sm-ray-{os.getpid()}-", dir=base))
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def run_training(config: DictConfig, environment: dict[str, str]) -> None:

@@ -169,8 +169,8 @@ class AudioAgentLoop(AgentLoopBase):
 class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     """verl's worker, passing on the features the loop already has.
 
-    The loop keeps nothing between sessions, so one instance serves them all; verl would build one for
-    every rollout, configuration copy included.
+    The loop keeps nothing between sessions, so one instance serves them all; verl would build one
+    for every rollout, configuration copy included.
     """
 
     # Ray copies the constructor of an actor class and ships the copy by value. An inherited one
