@@ -578,6 +578,16 @@ def test_a_dump_without_reference_lengths_gets_its_length_credit_back(tmp_path: 
     assert [a["score"] for a in other] == pytest.approx([s["score"] - 2.0 for s in saved])
 
 
+def test_length_credit_of_a_guarded_run_is_not_taken_for_a_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = grade(RIGHT, row={"reference_tokens": 10, "response_tokens": 30}, preset="guarded")
+    path = save(tmp_path / "1.jsonl", {"output": RIGHT, "gts": ENTAILED, **saved})
+    assert rescore.rescore(rescore.read_saved(path))[0]["score"] == 3.0
+    assert rescore.main([str(path)]) == 0
+    assert "1 of 1 lines lose text_length" in capsys.readouterr().out
+
+
 def test_rescoring_takes_preset_labels_and_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
