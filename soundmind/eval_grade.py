@@ -20,6 +20,7 @@ from soundmind.eval_text import Answer
 from soundmind.labels import label_of
 from soundmind.rewards import COMPONENTS, ROW_KEYS, compute_score
 from soundmind.schema import DATA_SOURCES
+from soundmind.transcripts import saved_normaliser
 
 
 def prediction(
@@ -127,7 +128,9 @@ def paper_figures(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**row, "n": PAPER_ROWS} for row in rows]
 
 
-def summarise(predictions: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
+def summarise(
+    predictions: Sequence[dict[str, Any]], config: dict[str, Any], output: Path
+) -> dict[str, Any]:
     """The content of metrics.json."""
     summary: dict[str, Any] = {
         "stand_in": config["model"]["stand_in"],
@@ -140,9 +143,7 @@ def summarise(predictions: Sequence[dict[str, Any]], config: dict[str, Any]) -> 
         "paper": paper_figures(config),
     }
     if config["output_modality"] == "speech":
-        from soundmind.eval_speech import normaliser_of
-
-        normalise, description = normaliser_of(config["speech"]["recogniser"])
+        normalise, description = saved_normaliser(output)
         summary["speech"] = {
             **metrics.summarise_speech(predictions, normalise),
             "recogniser": config["speech"]["recogniser"],

@@ -81,7 +81,7 @@ def known_models() -> str:
 
 def open_model(given: str, *, speech: bool = False) -> Model:
     """Find, fetch if it is a Hub id, and check a model; ModelError says what is wrong with it."""
-    folder = Path(given) if Path(given).is_dir() else _fetch(given)
+    folder = fetch_model(given)
     config = _read_config(folder)
     model_type = str(config.get("model_type"))
     if model_type.endswith("_thinker"):
@@ -103,8 +103,10 @@ def open_model(given: str, *, speech: bool = False) -> Model:
     return Model(given, folder, model_type, adapter, folder_digest(folder), start_note(folder))
 
 
-def _fetch(given: str) -> Path:
-    """The local folder of a Hub model, downloaded or continued where a download stopped."""
+def fetch_model(given: str) -> Path:
+    """The folder itself, or that of a Hub model, downloaded or continued where that stopped."""
+    if Path(given).is_dir():
+        return Path(given)
     if not is_hub_id(given):
         raise ModelError(f"{given}: no such folder, and not a Hub id of the form organisation/name")
     from huggingface_hub import snapshot_download

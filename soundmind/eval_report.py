@@ -111,7 +111,7 @@ def breakdown(summary: dict[str, Any]) -> list[dict[str, Any]]:
         return {"title": title, "rows": [{"what": w, **_rate_cells(r)} for w, r in rates]}
 
     def ranges(groups: Sequence[dict[str, Any]], unit: str) -> list[tuple[str, dict[str, Any]]]:
-        return [(f"{g['low']:.4g} to {g['high']:.4g} {unit}", g) for g in groups]
+        return [(f"{_range_text(group)} {unit}", group) for group in groups]
 
     form = [
         ("readable verdict", summary["parsed"]),
@@ -144,6 +144,11 @@ def breakdown(summary: dict[str, Any]) -> list[dict[str, Any]]:
         ]
         tables.append({"title": "Several samples a row", "rows": passes})
     return [table for table in tables if table["rows"]]
+
+
+def _range_text(group: dict[str, Any]) -> str:
+    low, high = f"{group['low']:.4g}", f"{group['high']:.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def floor_text(summary: dict[str, Any]) -> str:
@@ -299,7 +304,7 @@ def _accuracy_plot(axes: Axes, summary: dict[str, Any]) -> None:
 
 
 def _ranges_plot(axes: Axes, summary: dict[str, Any], key: str, xlabel: str) -> None:
-    groups = [(f"{g['low']:.4g} to {g['high']:.4g}", g, "tab:blue") for g in summary[key]]
+    groups = [(_range_text(group), group, "tab:blue") for group in summary[key]]
     _rate_bars(axes, groups)
     axes.set_xlabel(xlabel if groups else f"{xlabel}: not measured")
     _finish_rates(axes, summary, "Accuracy by " + xlabel.split(",")[0])

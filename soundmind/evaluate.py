@@ -92,6 +92,8 @@ def settle(options: Options) -> TextSettings:
         temperature = 0.0 if options.samples == 1 else 1.0  # [release] rollouts sample at 1.0
     if options.samples > 1 and temperature == 0:
         raise DataError("--samples above 1 with --temperature 0 would repeat one greedy answer")
+    if options.samples > 1 and options.output_modality == "speech":
+        raise DataError("--samples above 1 is for text output; spoken answers come one a row")
     return TextSettings(
         max_tokens=options.max_tokens,
         temperature=temperature,
@@ -262,7 +264,7 @@ def finish(output: Path) -> dict[str, Any]:
     try:
         for line in predictions:
             line |= graded(line)
-        summary = summarise(predictions, config)
+        summary = summarise(predictions, config, output)
     except KeyError as error:
         raise StoreError(
             f"{output}/predictions.jsonl: a line lacks {error}; it was not written by this command"
