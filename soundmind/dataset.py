@@ -37,7 +37,7 @@ import torch
 from omegaconf import DictConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from soundmind.audio import MAX_CLIP_SECONDS, Waveform
+from soundmind.audio import MAX_CLIP_SECONDS
 from soundmind.clips import CLIP_COLUMN, ClipCache, load_clip, read_rows, with_clip
 
 logger = logging.getLogger(__name__)
@@ -66,11 +66,11 @@ class AudioRLHFDataset(RLHFDataset):
         ]
         rows = datasets.Dataset(pa.concat_tables(tables))
         if 0 < self.max_samples < len(rows):
-            chosen = np.arange(self.max_samples)
+            chosen: list[int] = list(range(self.max_samples))
             if self.shuffle:
                 generator = np.random.default_rng(self.seed)
-                chosen = generator.choice(len(rows), size=self.max_samples, replace=False)
-            rows = rows.select(chosen.tolist())
+                chosen = generator.permutation(len(rows))[: self.max_samples].tolist()
+            rows = rows.select(chosen)
         self.dataframe = self.maybe_filter_out_long_prompts(rows)
         logger.info("%d rows from %s", len(self.dataframe), ", ".join(self.original_data_files))
 
@@ -185,17 +185,15 @@ class AudioRLHFDataset(RLHFDataset):
         return row
 
     @classmethod
-    def _process_multi_modal_info(  # type: ignore[override]  # verl's annotation leaves out None
+    def _process_multi_modal_info(
         cls, messages: list[dict[str, Any]], image_patch_size: int, config: DictConfig
-    ) -> tuple[None, None, list[Waveform] | None]:
-        """Decode the clips of a prompt; verl calls this on the class, from a pool of threads."""
+    ) -> tuple[Any, Any, Any]:
+        """Images, videos (None) and the clips' waveforms; verl calls this on the class, in threads."""
         cls.clips.capacity = int(config.get("clip_cache_mib", None) or CLIP_CACHE_MIB) << 20
         return None, None, cls._extract_audio_info(messages)
 
     @classmethod
-    def _extract_audio_info(  # type: ignore[override]
-        cls, messages: list[dict[str, Any]]
-    ) -> list[Waveform] | None:
+    def _extract_audio_info(cls, messages: list[dict[str, Any]]) -> Any:
         """Waveforms (float32 mono, 16 kHz) in the order of the messages; None without clips."""
         references = [
             part["audio"]
