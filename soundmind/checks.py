@@ -155,7 +155,7 @@ def batch_sizes(config: DictConfig) -> Iterator[str]:
     train, mini, n = config.data.train_batch_size, actor.ppo_mini_batch_size, rollout.n
     gpus = config.trainer.n_gpus_per_node * config.trainer.nnodes
     sequence_parallel = actor.get("ulysses_sequence_parallel_size", 1) or 1
-    ranks = gpus // sequence_parallel
+    ranks = max(1, gpus // sequence_parallel)
     if sequence_parallel != 1:
         yield (
             "actor.ulysses_sequence_parallel_size must be 1: verl has no input slicing for this "

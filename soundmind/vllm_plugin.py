@@ -4,7 +4,7 @@ Acts only in a SoundMind run. Two things:
 
 * without an accelerator, Linear weights stay unpacked, so that weight updates can reach them
   (`soundmind.patches`);
-* the process ends when its parent does. A training that is killed takes Ray's processes with it, but
+* the process ends when its parent does. A killed training takes Ray's processes with it, but
   vLLM's engine and workers are no children of Ray and would live on, with their memory.
 """
 

@@ -13,6 +13,7 @@ Selected by two public keys:
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.profiler import simple_timer
 
+from soundmind.rewards import ROW_KEYS
 from soundmind.tokens import (
     BANNED_LOGIT_BIAS,
     collapse_placeholders,
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 AGENT_LOOP = "soundmind_audio"
 FEATURES = "features"  # key in AgentLoopOutput.multi_modal_data, dropped by verl before storage
+ROW = "row"  # what a saved response needs to be scored again, as JSON (see trainer.py)
 SHARED_PROMPTS = 1024  # prompts whose encoding a worker remembers; a step needs its batch
 
 
@@ -215,9 +218,17 @@ class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         await super()._compute_score(outputs, kwargs)
         info = outputs[-1].extra_fields.get("reward_extra_info")
         if info is not None:
-            # Lets dumped rows be paired between two validations, and truncation be counted.
-            info["id"] = str((kwargs.get("extra_info") or {}).get("id", kwargs.get("index", "")))
+            row = kwargs.get("extra_info") or {}
+            # Strings only: verl averages every number it finds here over a validation.
+            info["id"] = str(row.get("id", kwargs.get("index", "")))
             info["finish_reason"] = outputs[-1].extra_fields["finish_reason"]
+            info[ROW] = json.dumps(
+                {
+                    "data_source": kwargs.get("data_source"),
+                    **{name: row[name] for name in ROW_KEYS if row.get(name) is not None},
+                },
+                default=float,
+            )
 
 
 class AudioAgentLoopManager(AgentLoopManagerTQ):

@@ -32,6 +32,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
+from soundmind.verl_ext.agent_loop import ROW
 from soundmind.verl_ext.plugin import require_loaded
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,19 @@ class SoundMindTrainer(PPOTrainerSync):
                 reward_extra_infos_dict=dict(columns),
                 dump_path=folder,
             )
+
+    def _dump_generations(
+        self, *args: Any, reward_extra_infos_dict: dict[str, list[Any]], **kwargs: Any
+    ) -> None:
+        """Write dumps with the row's own entries (reference lengths) as columns of their own.
+
+        With them, `python -m soundmind.rewards` scores a dump again under any preset.
+        """
+        columns = dict(reward_extra_infos_dict)
+        rows = [json.loads(row or "{}") for row in columns.pop(ROW, [])]
+        for name in sorted({name for row in rows for name in row}):
+            columns[name] = [row.get(name) for row in rows]
+        super()._dump_generations(*args, reward_extra_infos_dict=columns, **kwargs)
 
     def _decode(self, token_ids: Any) -> list[str]:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in token_ids.unbind()]
