@@ -188,7 +188,7 @@ class AudioRLHFDataset(RLHFDataset):
     def _process_multi_modal_info(
         cls, messages: list[dict[str, Any]], image_patch_size: int, config: DictConfig
     ) -> tuple[Any, Any, Any]:
-        """Images, videos (None) and the clips' waveforms; verl calls this on the class, in threads."""
+        """Images and videos (None), waveforms; verl calls this on the class, from threads."""
         cls.clips.capacity = int(config.get("clip_cache_mib", None) or CLIP_CACHE_MIB) << 20
         return None, None, cls._extract_audio_info(messages)
 
