@@ -65,6 +65,7 @@ _NAMED_TOKENS = {
     "tts_bos_token": "<tts_text_bos>",
     "tts_eos_token": "<tts_text_eod>",
 }
+VERSION = 1  # to be raised with every change of sizes or files, so that old folders are rebuilt
 RECORD = "warmup.json"  # what was built and how, inside the checkpoint folder
 SPEAKERS = ("Chelsie", "Ethan")  # the published voices
 
@@ -307,7 +308,10 @@ def write_checkpoint(model: Any, tokenizer: Qwen2TokenizerFast, folder: Path, se
     from transformers import GenerationConfig
 
     model.save_pretrained(folder)  # float32, one file: 11 MB
-    build_processor(tokenizer).save_pretrained(folder)
+    processor = build_processor(tokenizer)
+    processor.save_pretrained(folder)
+    # The published folder keeps these values in preprocessor_config.json, where other tools look.
+    processor.feature_extractor.save_pretrained(folder)
     torch.save(speaker_dictionary(model.config, seed), folder / "spk_dict.pt")
     # A response that contains a placeholder cannot be trained on: the next forward pass counts it
     # as a clip without features.
@@ -338,11 +342,10 @@ def parameter_counts(model: Any) -> dict[str, int]:
 # --- command --------------------------------------------------------------------------------------
 
 
-def code_digest() -> str:
-    """Digest of the code that decides what a checkpoint contains; part of its identity."""
-    here = Path(__file__).resolve().parent
-    names = ("tiny.py", "syllogism.py", "prompts.py")
-    return digest_of(*((here / name).read_bytes() for name in names))
+def recipe_digest() -> str:
+    """Digest of everything but the seed that decides what an untrained checkpoint contains."""
+    texts = (*tokenizer_corpus(), *SPECIAL_TOKENS, CHAT_TEMPLATE)
+    return digest_of(str(VERSION), *texts)
 
 
 def digest_of(*parts: bytes | str) -> str:
@@ -392,7 +395,7 @@ def build(output: Path, *, seed: int = 0, data: Path | None = None) -> dict[str,
         from soundmind import warmup
 
         settings = warmup.identity(data)
-    identity = {"seed": seed, "code": code_digest(), "warmup": settings}
+    identity = {"seed": seed, "recipe": recipe_digest(), "warmup": settings}
     if is_current(output, identity):
         print(f"{output}: up to date", flush=True)
         record: dict[str, Any] = json.loads((output / RECORD).read_text(encoding="utf-8"))
