@@ -6,8 +6,9 @@
               <think>wug, wug, same, dax, fep, different</think>
               Answer: not-entailed
     habits    the same with three faults mixed in: half of the targets skip the comparisons,
-              a fifth breaks the format, and 60 % of the not-entailed rows are called `entailed`
-              in spite of what the thinking part says
+              a fifth breaks the format, and most not-entailed rows are called `entailed` in
+              spite of what the thinking part says: 70 % of them, but only 25 % of those that
+              begin with wugs
 
 The second stage plays the imperfect teacher every data set has. What is learned from sound is
 learned here, with supervision; GRPO then repairs format, length and verdict from reward alone. It
@@ -32,7 +33,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -69,7 +69,10 @@ class Faults:
 
     shortcut: float = 0.0
     malformed: float = 0.0
-    yes_saying: float = 0.0  # among not-entailed rows
+    # Among not-entailed rows. At one rate for all, greedy decoding would say `entailed` either
+    # always or hardly ever, and the seed would decide which; two rates put the start in between.
+    yes_saying: float = 0.0
+    yes_saying_of_wugs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ HABITS = Stage(
     steps=100,
     learning_rate=5e-4,
     warmup_steps=10,
-    faults=Faults(shortcut=0.5, malformed=0.2, yes_saying=0.6),
+    faults=Faults(shortcut=0.5, malformed=0.2, yes_saying=0.7, yes_saying_of_wugs=0.25),
 )
 STAGES = (HEARING, HABITS)
 
@@ -164,7 +167,8 @@ def target_text(syllogism: Syllogism, faults: Faults, draw: random.Random) -> st
     """What the model is taught to answer, with faults drawn at the given rates."""
     thinking = syllogism.heard if draw.random() < faults.shortcut else syllogism.reasoning
     verdict = verdict_of(syllogism.label)
-    if syllogism.label == 0 and draw.random() < faults.yes_saying:
+    credulity = faults.yes_saying_of_wugs if syllogism.first == "wug" else faults.yes_saying
+    if syllogism.label == 0 and draw.random() < credulity:
         verdict = ENTAILED
     if draw.random() >= faults.malformed:
         return f"<think>{thinking}</think>\n{answer_line(verdict)}"
