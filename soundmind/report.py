@@ -290,6 +290,7 @@ def _timing_panel(axes: Axes, metrics: list[dict[str, Any]], __: list[Validation
 def finish(folder: RunFolder, config: DictConfig) -> dict[str, Any]:
     """Export, draw, summarise and print the table; `summary.json` marks the run as finished."""
     seconds = folder.end_attempt()
+    folder.prune_checkpoints(config.trainer.max_actor_ckpt_to_keep)
     return complete(folder.path, config, seconds)
 
 

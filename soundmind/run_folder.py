@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,24 @@ class RunFolder:
             return None
         step = int(marker.read_text().strip())
         return step if (self.path / "checkpoints" / f"global_step_{step}").is_dir() else None
+
+    def prune_checkpoints(self, keep: int | None) -> None:
+        """Remove all but the newest `keep` checkpoints, and folders that verl has emptied.
+
+        verl forgets, when it is started again, which checkpoints an earlier launch wrote.
+        """
+        last = self.last_checkpoint()
+        if not keep or last is None:
+            return
+        steps = {
+            int(path.name.removeprefix("global_step_")): path
+            for path in (self.path / "checkpoints").glob("global_step_*")
+        }
+        complete = sorted(step for step, path in steps.items() if (path / "actor").is_dir())
+        kept = [step for step in complete if step <= last][-keep:]
+        for step, path in steps.items():
+            if step <= last and step not in kept:
+                shutil.rmtree(path)
 
     def attempts(self) -> list[dict[str, Any]]:
         """One entry per launch: when it started and the last sign of life."""

@@ -183,6 +183,7 @@ def train(config: DictConfig, name: str) -> Path:
     checks.require(config)
     fingerprint = run_folder.config_fingerprint(config)
     folder = RunFolder.open(Path(config.run.root), name, fingerprint, config.run.resume)
+    folder.prune_checkpoints(config.trainer.max_actor_ckpt_to_keep)
     attempt = folder.begin_attempt()
     checkpoint = folder.last_checkpoint()
     print(

@@ -100,7 +100,8 @@ def run(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[st
     wait_for(folder / "checkpoints/global_step_2/data.pt", first, logs / "first.log")
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    left = (folder / "checkpoints/latest_checkpointed_iteration.txt").read_text()
+    marker = folder / "checkpoints/latest_checkpointed_iteration.txt"
+    left = marker.read_text() if marker.exists() else "0"
     second = launch(command, logs / "second.log")
     try:
         second.wait(LAUNCH_LIMIT)

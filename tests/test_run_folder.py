@@ -99,6 +99,19 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert folder.last_checkpoint() == 10
 
 
+def test_pruning_keeps_the_newest_complete_checkpoints(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path, "tiny", "abc")
+    checkpoints = folder.path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        (checkpoints / f"global_step_{step}" / "actor").mkdir(parents=True)
+    (checkpoints / "global_step_2" / "actor").rmdir()  # emptied by verl
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+    folder.prune_checkpoints(1)
+    left = sorted(path.name for path in checkpoints.glob("global_step_*"))
+    # Step 4 is being written: the marker does not name it yet.
+    assert left == ["global_step_3", "global_step_4"]
+
+
 def test_the_seconds_of_a_killed_attempt_end_at_its_last_metrics(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path, "tiny", "abc")
     assert folder.begin_attempt() == 0

@@ -6,6 +6,7 @@ Added to `PPOTrainerSync`, nothing replaced:
   rate, and counts of rewards that raised and of sessions that failed (verl drops those without a
   word);
 * the same components, row id and finish reason in every dumped rollout;
+* a step's checkpoint is written after its metrics and rollouts, so that a kill loses neither;
 * `metrics.jsonl`: one line a step, appended, so that a resumed run keeps its history
   (verl's own file logger starts its file anew);
 * the rollout buffer is polled every `run.poll_interval_seconds`, not every two seconds.
@@ -109,6 +110,12 @@ class SoundMindTrainer(PPOTrainerSync):
         super().__init__(config)
         self._metrics_file = MetricsFile(config.run.metrics_path)
         self._reward_infos: list[dict[str, Any]] = []
+        self._checkpoint_due = False
+        if not config.trainer.rollout_data_dir:
+            raise ValueError(
+                "trainer.rollout_data_dir must be set: checkpoints are written after the rollouts of "
+                "their step"
+            )
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
@@ -119,6 +126,11 @@ class SoundMindTrainer(PPOTrainerSync):
         self._metrics_file.forget_after(self.global_steps)
         self._started = time.monotonic()
         super().fit(agent_loop_manager)
+
+    def _save_checkpoint(self) -> None:
+        # verl saves before it logs. Killed in between, a resumed run would miss that step's line and
+        # rollouts for good, so the checkpoint waits until both are on disk (_log_rollout_data).
+        self._checkpoint_due = True
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
@@ -184,6 +196,12 @@ class SoundMindTrainer(PPOTrainerSync):
                 reward_extra_infos_dict=dict(columns),
                 dump_path=folder,
             )
+        if self._checkpoint_due:
+            self._checkpoint_due = False
+            for future in self._dump_futures:
+                future.result()
+            with marked_timer("save_checkpoint", timing_raw, color="green"):
+                super()._save_checkpoint()
 
     def _dump_generations(
         self, *args: Any, reward_extra_infos_dict: dict[str, list[Any]], **kwargs: Any
