@@ -388,7 +388,7 @@ def test_a_complete_folder_opens_for_text_and_speech(omni: Path) -> None:
     ("name", "message"),
     [
         ("tokenizer.json", r"tokenizer\.json \(or vocab\.json"),
-        ("p*processor_config.json", "preprocessor_config"),
+        ("*processor_config.json", "preprocessor_config"),
         ("model.safetensors", r"model\.safetensors \(or its index"),
         ("spk_dict.pt", "voices"),
         ("config.json", "no config.json"),
