@@ -143,11 +143,6 @@ def summarise(
         "paper": paper_figures(config),
     }
     if config["output_modality"] == "speech":
-        normalise, description = saved_normaliser(output)
-        summary["speech"] = {
-            **metrics.summarise_speech(predictions, normalise),
-            "recogniser": config["speech"]["recogniser"],
-            "normaliser": description,
-            "reference_text": "the thinker's own text",
-        }
+        normalise, definition = saved_normaliser(output)
+        summary["speech"] = {**metrics.summarise_speech(predictions, normalise), **definition}
     return summary

@@ -190,7 +190,7 @@ def print_table(summary: dict[str, Any], config: dict[str, Any], output: Path) -
         console.print(
             f"WER over {wer['n']} words of {wer['clips']} clips: {wer['substitutions']} "
             f"substitutions, {wer['deletions']} deletions, {wer['insertions']} insertions; "
-            f"{speech['recogniser']}, {speech['normaliser']}"
+            f"{speech['recogniser']}, {speech['normaliser']}, {speech['aligner']}"
         )
     failed = summary["failed_rows"]
     if failed["count"]:
@@ -429,8 +429,9 @@ def _settings(summary: dict[str, Any], config: dict[str, Any]) -> list[tuple[str
     if "speech" in summary:
         speech = summary["speech"]
         settings += [
-            ("recogniser", speech["recogniser"]),
+            ("recogniser digest", speech["recogniser_digest"]),
             ("normaliser", speech["normaliser"]),
+            ("aligner", speech["aligner"]),
             ("WER reference", speech["reference_text"]),
             *((key.replace("_", " "), str(config["speech"][key])) for key in config["speech"]),
         ]

@@ -35,13 +35,19 @@ import torch
 from soundmind.audio import MAX_CLIP_SECONDS, SAMPLE_RATE, ClipError, Waveform, load_waveform
 from soundmind.eval_data import Example
 from soundmind.eval_grade import prediction
-from soundmind.eval_models import Model, ModelError, fetch_model, render
+from soundmind.eval_models import Model, ModelError, fetch_model, folder_digest, render
 from soundmind.eval_store import StoreError
-from soundmind.eval_text import Answer, TextSettings, load_checked_clip, prepare_process
+from soundmind.eval_text import (
+    Answer,
+    TextSettings,
+    load_checked_clip,
+    prepare_process,
+    row_seed,
+)
 from soundmind.labels import parse_spoken_verdict
 from soundmind.processor import load_processor
 from soundmind.tokens import response_banned_token_ids
-from soundmind.transcripts import join_transcripts, save_spellings, windows
+from soundmind.transcripts import join_transcripts, save_recogniser, windows
 
 SPEECH_RATE = 24_000  # Hz, of the vocoder
 CODES_PER_SECOND = 50  # two mel frames of 10 ms each
@@ -124,7 +130,7 @@ class Speaker:
         except (ValueError, OSError) as error:
             return Spoken(Answer.failed(str(error)), None, 0, False)
         inputs = self._inputs(example, clip)
-        torch.manual_seed(self._settings.seed * 1_000_003 + example.index)
+        torch.manual_seed(row_seed(self._settings.seed, example.index))
         problem: str | None = None
         try:
             ids, sound = self._generate(inputs)
@@ -217,6 +223,7 @@ class Recogniser:
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
         folder = fetch_model(name)
+        self._name, self._digest = name, folder_digest(folder)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if self._device == "cuda" else torch.float32
         try:
@@ -232,10 +239,10 @@ class Recogniser:
         self._whisper.eval().to(self._device)
         self._batch = RECOGNISER_BATCH
 
-    @property
-    def spellings(self) -> dict[str, str]:
-        """The tokenizer's table of spellings for the normaliser; empty if it has none."""
-        return dict(getattr(self._processor.tokenizer, "english_spelling_normalizer", None) or {})
+    def describe(self) -> dict[str, Any]:
+        """Name, digest, and the tokenizer's table of spellings for the normaliser."""
+        spellings = getattr(self._processor.tokenizer, "english_spelling_normalizer", None)
+        return {"name": self._name, "digest": self._digest, "spellings": dict(spellings or {})}
 
     def transcribe(self, waveform: Waveform) -> str:
         """Transcript of (num_samples,) float32 at 16 kHz."""
@@ -288,15 +295,10 @@ class SpeechBackend:
         speaker: str,
         max_speech_seconds: float,
     ) -> None:
-        import transformers
-
         prepare_process()
-        # They warn about the talker's own default ids, once per load.
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         self._output = output
         self._recogniser = Recogniser(recogniser)  # first: a wrong name should not cost minutes
-        save_spellings(output, self._recogniser.spellings)
+        save_recogniser(output, self._recogniser.describe())
         self._speaker = Speaker(model, settings, speaker, max_speech_seconds)
 
     def predict(

@@ -61,7 +61,7 @@ class Store:
                         "choose another --output-dir"
                     )
                 _write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
-            elif stored != config:
+            elif _identity(stored) != _identity(config):
                 raise StoreError(
                     f"{path} holds another evaluation ({_differences(stored, config)}); choose "
                     "another --output-dir"
@@ -132,6 +132,17 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise StoreError(f"{file}:{number}: not a JSON line ({error})") from error
     return predictions
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings without names of places: model and data are known by their digests."""
+    places = {("model", "given"), ("data", "path")}
+    return {
+        key: {k: v for k, v in value.items() if (key, k) not in places}
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
 
 
 def _is_json(line: bytes) -> bool:

@@ -52,6 +52,7 @@ class TextSettings:
     seed: int
     dtype: str
     max_num_seqs: int
+    batch_rows: int  # rows asked and saved together
     tensor_parallel: int = 1
     max_model_len: int | None = None
     trust_remote_code: bool = False
@@ -196,7 +197,7 @@ class TextEngine:
             for example, prompt in zip(examples, prepared, strict=True)
             if isinstance(prompt, Prompt)
         ]
-        self._forget()
+        self._forget(examples[0].index)
         started = time.monotonic()
         outputs = self._generate(asked, on_done)
         share = (time.monotonic() - started) / max(1, len(asked))
@@ -246,17 +247,17 @@ class TextEngine:
             max_tokens=settings.max_tokens,
             repetition_penalty=1.0,
             logit_bias=self.logit_bias,
-            seed=settings.seed * 1_000_003 + example.index if seeded else None,
+            seed=row_seed(settings.seed, example.index) if seeded else None,
         )
 
-    def _forget(self) -> None:
-        """Put the engine into the state in which an undisturbed run meets this batch."""
+    def _forget(self, first: int) -> None:
+        """Put the engine into the state in which an undisturbed run meets the batch of row `first`."""
         import torch
 
         self.llm.reset_prefix_cache()
         self.llm.llm_engine.reset_encoder_cache()
         if self.cpu:
-            torch.manual_seed(self.settings.seed)
+            torch.manual_seed(row_seed(self.settings.seed, first))
 
     def _answer(self, output: Any, sample: Any, seconds: float) -> Answer:
         # As verl decodes for the reward; vLLM's own incremental text may differ in spaces.
@@ -268,6 +269,11 @@ class TextEngine:
             prompt_tokens=len(output.prompt_token_ids),
             seconds=seconds,
         )
+
+
+def row_seed(seed: int, index: int) -> int:
+    """Seed of one row, a different one for every row and seed."""
+    return seed * 1_000_003 + index
 
 
 def engine_arguments(model: Model, settings: TextSettings, *, cpu: bool) -> dict[str, Any]:
@@ -291,13 +297,17 @@ def engine_arguments(model: Model, settings: TextSettings, *, cpu: bool) -> dict
 def prepare_process() -> bool:
     """Environment and patches of a SoundMind process; returns whether it runs on the CPU."""
     import torch
+    import transformers
 
     from soundmind import patches, selection
 
     cpu = not torch.cuda.is_available()
     selection.select(os.environ, cpu=cpu)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once per batch otherwise
+    # The talker's default configuration warns about its own ids at every load.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if cpu:
         patches.vllm_version_alias()
     patches.true_length_features()

@@ -14,12 +14,14 @@ Reads   a Parquet file of `soundmind.preprocess`, a model folder or Hub id
 Writes  the output folder, described in soundmind.eval_store; definitions of every metric are in
         soundmind.metrics. Run again after an interruption, it continues and ends the same.
 
-Exit status: 0 done (failed rows are counted, listed, and no error), 2 bad input or no room.
+Exit status: 0 done (single failed rows are counted and listed), 2 bad input, no room, or no row
+that could be asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -87,12 +89,13 @@ def settle(options: Options) -> TextSettings:
     import torch
 
     cpu = not torch.cuda.is_available()
+    speech = options.output_modality == "speech"
     temperature = options.temperature
     if temperature is None:
         temperature = 0.0 if options.samples == 1 else 1.0  # [release] rollouts sample at 1.0
     if options.samples > 1 and temperature == 0:
         raise DataError("--samples above 1 with --temperature 0 would repeat one greedy answer")
-    if options.samples > 1 and options.output_modality == "speech":
+    if options.samples > 1 and speech:
         raise DataError("--samples above 1 is for text output; spoken answers come one a row")
     return TextSettings(
         max_tokens=options.max_tokens,
@@ -102,6 +105,7 @@ def settle(options: Options) -> TextSettings:
         seed=options.seed,
         dtype=options.dtype or ("float32" if cpu else "bfloat16"),
         max_num_seqs=options.max_num_seqs or (CPU_SEQS if cpu else GPU_SEQS),
+        batch_rows=1 if speech else options.batch_rows or (CPU_BATCH if cpu else GPU_BATCH),
         tensor_parallel=options.tensor_parallel,
         max_model_len=options.max_model_len,
         trust_remote_code=options.trust_remote_code,
@@ -117,7 +121,6 @@ def describe(
     """
     first = examples[0]
     speech = options.output_modality == "speech"
-    batch = options.batch_rows or (CPU_BATCH if settings.dtype == "float32" else GPU_BATCH)
     generation = {
         "max_tokens": settings.max_tokens,
         "temperature": settings.temperature,
@@ -126,7 +129,7 @@ def describe(
         "samples": settings.samples,
         "seed": settings.seed,
         "dtype": settings.dtype,
-        "batch_rows": 1 if speech else batch,
+        "batch_rows": settings.batch_rows,
         "engine": "transformers" if speech else "vllm",
         "max_model_len": settings.max_model_len,
     }
@@ -182,7 +185,12 @@ def run(options: Options) -> Path:
     started = time.monotonic()
     done = predict_all(store, examples, model, settings, options)
     record_versions(store, options, settings, done, time.monotonic() - started)
-    finish(store.path)
+    failed = finish(store.path)["failed_rows"]
+    if failed["count"] == failed["n"]:
+        raise StoreError(
+            f"every row failed, the first with: {failed['rows'][0]['error']}. Mend that, then "
+            f"evaluate into another --output-dir or remove {store.path}"
+        )
     return store.path
 
 
@@ -352,6 +360,7 @@ class Bar:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module docstring."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
     try:
         if arguments[:1] == ["compare"]:
             return compare_command(arguments[1:])

@@ -97,7 +97,7 @@ def mcnemar_exact(won: int, lost: int) -> float:
         raise ValueError(f"counts must not be negative: won {won}, lost {lost}")
     discordant = won + lost
     tail = sum(math.comb(discordant, i) for i in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return float(min(1.0, 2 * tail / 2**discordant))
 
 
 def bootstrap_means(

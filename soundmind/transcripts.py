@@ -15,7 +15,9 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from soundmind.run_folder import write_json
 
@@ -23,7 +25,7 @@ WINDOW_SECONDS = 28.0  # Whisper hears 30; a little less, so that padding marks 
 OVERLAP_SECONDS = 6.0  # some fifteen words: enough for an unmistakable run
 MAX_WORDS_PER_SECOND = 6
 MIN_COMMON_WORDS = 2  # a single word in common may be any "the"
-SPELLINGS = "normaliser.json"
+RECOGNISER = "recogniser.json"
 
 _NOT_WORD = re.compile(r"[^\w]+")
 
@@ -67,20 +69,25 @@ def _bare(word: str) -> str:
     return _NOT_WORD.sub("", word.lower())
 
 
-def save_spellings(folder: Path, spellings: dict[str, str]) -> None:
-    """Keep the recogniser's spelling table beside the predictions."""
-    write_json(folder / SPELLINGS, spellings)
+def save_recogniser(folder: Path, description: dict[str, Any]) -> None:
+    """Keep name, digest and spelling table of the recogniser beside the predictions."""
+    write_json(folder / RECOGNISER, description)
 
 
-def saved_normaliser(folder: Path) -> tuple[Callable[[str], str], str]:
-    """Whisper's English normaliser with the table kept in `folder`, and what to call it."""
+def saved_normaliser(folder: Path) -> tuple[Callable[[str], str], dict[str, str]]:
+    """Whisper's English normaliser with the table kept in `folder`, and what defines the number."""
     import transformers
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    path = folder / SPELLINGS
-    spellings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    name = (
-        f"Whisper's English normaliser (transformers {transformers.__version__}, "
-        f"{len(spellings)} spellings)"
-    )
-    return EnglishTextNormalizer(spellings), name
+    path = folder / RECOGNISER
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    spellings = kept.get("spellings", {})
+    definition = {
+        "recogniser": kept.get("name", "not recorded"),
+        "recogniser_digest": kept.get("digest", "not recorded"),
+        "normaliser": f"Whisper's English normaliser, {len(spellings)} spellings "
+        f"(transformers {transformers.__version__})",
+        "aligner": f"jiwer {version('jiwer')}",
+        "reference_text": "the thinker's own text",
+    }
+    return EnglishTextNormalizer(spellings), definition

@@ -56,9 +56,11 @@ def test_a_long_text_comes_back_from_its_windows() -> None:
 
 def test_the_normaliser_writes_numbers_spellings_and_tags_one_way(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    transcripts.save_spellings(tmp_path, {"colour": "color"})
-    normalise, name = transcripts.saved_normaliser(tmp_path)
+    pytest.importorskip("jiwer")
+    kept = {"name": "x", "digest": "0", "spellings": {"colour": "color"}}
+    transcripts.save_recogniser(tmp_path, kept)
+    normalise, definition = transcripts.saved_normaliser(tmp_path)
     spoken = normalise("It's the colour of fifty roofs, so answer: not entailed.")
     written = normalise("<think>It is the color of 50 roofs, so</think>\nAnswer: not-entailed")
     assert spoken == written
-    assert "1 spellings" in name
+    assert "1 spellings" in definition["normaliser"] and "jiwer" in definition["aligner"]
