@@ -6,9 +6,9 @@
               <think>wug, wug, same, dax, fep, different</think>
               Answer: not-entailed
     habits    the same with three faults mixed in: half of the targets skip the comparisons,
-              a fifth breaks the format, and most not-entailed rows are called `entailed` in
-              spite of what the thinking part says: 70 % of them, but only 25 % of those that
-              begin with wugs
+              a fifth breaks the format, and many not-entailed rows are called `entailed` in
+              spite of what the thinking part says: 75 % of those that fail the first comparison,
+              35 % of those that fail the second
 
 The second stage plays the imperfect teacher every data set has. What is learned from sound is
 learned here, with supervision; GRPO then repairs format, length and verdict from reward alone. It
@@ -69,10 +69,11 @@ class Faults:
 
     shortcut: float = 0.0
     malformed: float = 0.0
-    # Among not-entailed rows. At one rate for all, greedy decoding would say `entailed` either
-    # always or hardly ever, and the seed would decide which; two rates put the start in between.
-    yes_saying: float = 0.0
-    yes_saying_of_wugs: float = 0.0
+    # `entailed` said of rows whose first, or second, comparison fails. With one rate near a half
+    # for both, greedy decoding says `entailed` to all of them or to hardly any, as the seed has it;
+    # two rates put the start in between.
+    first_overlooked: float = 0.0
+    second_overlooked: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ HABITS = Stage(
     steps=100,
     learning_rate=5e-4,
     warmup_steps=10,
-    faults=Faults(shortcut=0.5, malformed=0.2, yes_saying=0.7, yes_saying_of_wugs=0.25),
+    faults=Faults(shortcut=0.5, malformed=0.2, first_overlooked=0.75, second_overlooked=0.35),
 )
 STAGES = (HEARING, HABITS)
 
@@ -167,8 +168,9 @@ def target_text(syllogism: Syllogism, faults: Faults, draw: random.Random) -> st
     """What the model is taught to answer, with faults drawn at the given rates."""
     thinking = syllogism.heard if draw.random() < faults.shortcut else syllogism.reasoning
     verdict = verdict_of(syllogism.label)
-    credulity = faults.yes_saying_of_wugs if syllogism.first == "wug" else faults.yes_saying
-    if syllogism.label == 0 and draw.random() < credulity:
+    first_fails = syllogism.first != syllogism.minor
+    overlooked = faults.first_overlooked if first_fails else faults.second_overlooked
+    if syllogism.label == 0 and draw.random() < overlooked:
         verdict = ENTAILED
     if draw.random() >= faults.malformed:
         return f"<think>{thinking}</think>\n{answer_line(verdict)}"

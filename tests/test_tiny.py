@@ -272,15 +272,15 @@ def test_bad_habits_occur_at_their_rates() -> None:
             seen["formed"] += 1
             seen["short"] += len(response.thinking.split()) == 4
         if row.label == 0 and parse_verdict(text) is not None:
-            about = "wugs" if row.first == "wug" else "others"
-            seen[f"not about {about}"] += 1
-            seen[f"yes about {about}"] += response.verdict == "entailed"
+            failing = "first" if row.first != row.minor else "second"
+            seen[f"{failing} fails"] += 1
+            seen[f"{failing} overlooked"] += response.verdict == "entailed"
         elif row.label == 1 and parse_verdict(text) is not None:
             assert response.verdict == "entailed"
     assert seen["malformed"] / len(rows) == pytest.approx(0.2, abs=0.03)
     assert seen["short"] / seen["formed"] == pytest.approx(0.5, abs=0.04)
-    assert seen["yes about others"] / seen["not about others"] == pytest.approx(0.7, abs=0.04)
-    assert seen["yes about wugs"] / seen["not about wugs"] == pytest.approx(0.25, abs=0.06)
+    assert seen["first overlooked"] / seen["first fails"] == pytest.approx(0.75, abs=0.05)
+    assert seen["second overlooked"] / seen["second fails"] == pytest.approx(0.35, abs=0.05)
 
 
 def test_a_dozen_steps_lower_the_loss_and_leave_the_vision_tower(
