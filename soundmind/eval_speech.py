@@ -41,7 +41,6 @@ from soundmind.eval_text import (
     Answer,
     TextSettings,
     load_checked_clip,
-    prepare_process,
     row_seed,
 )
 from soundmind.labels import parse_spoken_verdict
@@ -295,7 +294,6 @@ class SpeechBackend:
         speaker: str,
         max_speech_seconds: float,
     ) -> None:
-        prepare_process()
         self._output = output
         self._recogniser = Recogniser(recogniser)  # first: a wrong name should not cost minutes
         save_recogniser(output, self._recogniser.describe())

@@ -24,7 +24,8 @@ from typing import Any
 from soundmind.audio import SAMPLE_RATE, ClipError, Waveform, num_audio_tokens
 from soundmind.clips import load_clip
 from soundmind.eval_data import Example
-from soundmind.eval_models import Model, clip_limit, render
+from soundmind.eval_models import Model, ModelError, clip_limit, render
+from soundmind.run_folder import gpu_names
 from soundmind.tokens import BANNED_LOGIT_BIAS, response_banned_token_ids
 
 OTHER_MODEL_PROMPT = (
@@ -295,16 +296,25 @@ def engine_arguments(model: Model, settings: TextSettings, *, cpu: bool) -> dict
 
 
 def prepare_process() -> bool:
-    """Environment and patches of a SoundMind process; returns whether it runs on the CPU."""
-    import torch
-    import transformers
+    """Environment and patches of a SoundMind process; returns whether it runs on the CPU.
 
+    Called before anything imports torch: OpenMP reads its number of threads when it is loaded, and
+    spinning threads on shared cores have been seen to cost a factor of twenty.
+    """
     from soundmind import patches, selection
 
-    cpu = not torch.cuda.is_available()
+    cpu = not gpu_names()
     selection.select(os.environ, cpu=cpu)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once per batch otherwise
+    import torch
+    import transformers
+
+    if not cpu and not torch.cuda.is_available():
+        raise ModelError(
+            f"there is a GPU, but PyTorch {torch.__version__} cannot use it. Install the set for "
+            "GPUs (scripts/setup.sh), or hide the GPU's driver to evaluate on the CPU"
+        )
     # The talker's default configuration warns about its own ids at every load.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -36,8 +36,8 @@ from soundmind.eval_data import DataError, Example, file_digest, read_examples
 from soundmind.eval_grade import graded, prediction, summarise
 from soundmind.eval_models import Model, ModelError, known_models, open_model
 from soundmind.eval_store import Store, StoreError, fingerprint, read_config, read_predictions
-from soundmind.eval_text import OutOfMemory, TextEngine, TextSettings
-from soundmind.run_folder import versions, write_json
+from soundmind.eval_text import OutOfMemory, TextEngine, TextSettings, prepare_process
+from soundmind.run_folder import gpu_names, versions, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_TOKENS = 4096  # [ours] 99 of 100 published reasonings are shorter; the released limit is 2048
@@ -86,9 +86,7 @@ class Backend(Protocol):
 
 def settle(options: Options) -> TextSettings:
     """Fill in what depends on the machine."""
-    import torch
-
-    cpu = not torch.cuda.is_available()
+    cpu = not gpu_names()
     speech = options.output_modality == "speech"
     temperature = options.temperature
     if temperature is None:
@@ -224,6 +222,7 @@ def make_backend(
     output: Path,
 ) -> Backend:
     """The backend of the output modality."""
+    prepare_process()  # before soundmind.eval_speech imports torch
     if options.output_modality == "text":
         return TextBackend(model, examples, settings, output)
     from soundmind.eval_speech import SpeechBackend

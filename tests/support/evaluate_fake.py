@@ -10,17 +10,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-import types
 
-# Only asked whether there is a GPU; importing the real one would take most of the test's time.
-torch = types.ModuleType("torch")
-torch.cuda = types.SimpleNamespace(is_available=lambda: False)  # type: ignore[attr-defined]
-torch.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]  # scipy looks for it
-sys.modules["torch"] = torch
-
-from soundmind import evaluate  # noqa: E402
-from soundmind.eval_grade import prediction  # noqa: E402
-from soundmind.eval_text import Answer  # noqa: E402
+from soundmind import evaluate
+from soundmind.eval_grade import prediction
+from soundmind.eval_text import Answer
 
 
 class FormulaBackend:
