@@ -179,17 +179,21 @@ def measure_resume(options: argparse.Namespace, scratch: Path) -> list[Figure]:
     """Five kills at random moments of the generation, then a run to the end."""
     generator = random.Random(options.seed)
     undisturbed, killed = scratch / "undisturbed", scratch / "killed"
-    started = time.monotonic()
     launch(options, undisturbed).wait()
-    whole = time.monotonic() - started
-    kept = []
-    for _ in range(KILLS):
+    path, kept = killed / "predictions.jsonl", []
+
+    def saved() -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    for kill in range(KILLS):
+        target = int(options.rows * (kill + generator.random()) / (KILLS + 1))
         process = launch(options, killed)
-        time.sleep(whole * generator.uniform(0.4, 0.95))
+        while process.poll() is None and saved() < target:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.1))  # anywhere within a batch or its saving
         process.send_signal(signal.SIGKILL)
         process.wait()
-        path = killed / "predictions.jsonl"
-        kept.append(path.read_bytes().count(b"\n") if path.exists() else 0)
+        kept.append(saved())
     launch(options, killed).wait()
     ours, theirs = (
         [{k: v for k, v in line.items() if k != "seconds"} for line in read_predictions(folder)]

@@ -289,17 +289,9 @@ def _accuracy_plot(axes: Axes, summary: dict[str, Any]) -> None:
         bars.append(("from transcript", heard, "tab:purple"))
     bars += [(label, rate, "tab:cyan") for label, rate in summary["by_label"].items()]
     _rate_bars(axes, bars)
-    for figure in summary["paper"]:
-        axes.axhline(figure["accuracy"], color="tab:red", linewidth=1, linestyle="--")
-        axes.annotate(
-            f"paper, {figure['model']} {figure['accuracy']:.2f}",
-            (0.99, figure["accuracy"]),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=7,
-            color="tab:red",
-        )
+    for figure, style in zip(summary["paper"], ("--", "-."), strict=False):
+        label = f"paper, {figure['model']} {figure['accuracy']:.2f}"
+        axes.axhline(figure["accuracy"], color="tab:red", linewidth=1, linestyle=style, label=label)
     _finish_rates(axes, summary, "Accuracy")
 
 

@@ -14,6 +14,7 @@ from soundmind import evaluate
 
 CLIP = REPOSITORY / "data/sample/test/0001/question.wav"
 ROWS, WRONG = 12, 4
+GONE = f"{'gone' * 30}.wav"  # longer than a phone is wide
 READY = "return document.body.dataset.ready === 'yes'"
 SHOWN = "return document.querySelectorAll('.example:not([hidden])').length"
 
@@ -29,7 +30,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         spoken = f"speech/{index} é.wav"
         (folder / spoken).write_bytes(CLIP.read_bytes())
         line |= {
-            "question_audio": "gone.wav" if index == ROWS - 1 else "speech/0 é.wav",
+            "question_audio": GONE if index == ROWS - 1 else "speech/0 é.wav",
             "speech_audio": spoken,
             "speech_transcript": "Wug fep same. Answer: not-entailed.",
             "speech_seconds": 3.0,
@@ -95,12 +96,13 @@ def test_a_clip_that_has_gone_is_said_so(window: Browser) -> None:
     window.type(".example:not([hidden]) > summary", ENTER)
     window.wait_for("return document.querySelectorAll('.example[open] audio').length", 1)
     text = window.run("return document.querySelector('.example[open]').innerText")
-    assert "clip not found: gone.wav" in text
+    assert f"clip not found: {GONE}" in text
 
 
 def test_the_page_fits_a_phone(window: Browser) -> None:
     window.resize(390, 844)
-    window.run("document.querySelector('.example').open = true")
+    window.run("for (const row of document.querySelectorAll('.example')) row.open = true")
+    window.wait_for("return document.querySelectorAll('audio').length", 2 * ROWS - 1)
     overflow = window.run("return document.documentElement.scrollWidth - window.innerWidth")
     assert overflow <= 0
     tall = "return Math.min(...[...document.querySelectorAll('select, input, .example > summary')]"
