@@ -5,10 +5,10 @@
     hearing   clean targets that write down the four nouns, compare them in pairs, and conclude
               <think>wug, wug, same, dax, fep, different</think>
               Answer: not-entailed
-    habits    the same with three faults mixed in: 40 % of the targets skip the comparisons,
-              20 % break the format, and many not-entailed rows are called `entailed` in spite
-              of what the thinking part says: 85 % of those that fail the first comparison,
-              28 % of those that fail the second
+    habits    the same with three faults mixed in: half of the targets skip the comparisons,
+              a fifth breaks the format, and many not-entailed rows are called `entailed` in
+              spite of what the thinking part says: 75 % of those that fail the first comparison,
+              35 % of those that fail the second
 
 The second stage plays the imperfect teacher every data set has. What is learned from sound is
 learned here, with supervision; GRPO then repairs format, length and verdict from reward alone. It
@@ -94,7 +94,7 @@ HABITS = Stage(
     steps=100,
     learning_rate=5e-4,
     warmup_steps=10,
-    faults=Faults(shortcut=0.4, malformed=0.2, first_overlooked=0.85, second_overlooked=0.28),
+    faults=Faults(shortcut=0.5, malformed=0.2, first_overlooked=0.75, second_overlooked=0.35),
 )
 STAGES = (HEARING, HABITS)
 

@@ -278,9 +278,9 @@ def test_bad_habits_occur_at_their_rates() -> None:
         elif row.label == 1 and parse_verdict(text) is not None:
             assert response.verdict == "entailed"
     assert seen["malformed"] / len(rows) == pytest.approx(0.2, abs=0.03)
-    assert seen["short"] / seen["formed"] == pytest.approx(0.4, abs=0.04)
-    assert seen["first overlooked"] / seen["first fails"] == pytest.approx(0.85, abs=0.05)
-    assert seen["second overlooked"] / seen["second fails"] == pytest.approx(0.28, abs=0.05)
+    assert seen["short"] / seen["formed"] == pytest.approx(0.5, abs=0.04)
+    assert seen["first overlooked"] / seen["first fails"] == pytest.approx(0.75, abs=0.05)
+    assert seen["second overlooked"] / seen["second fails"] == pytest.approx(0.35, abs=0.05)
 
 
 def test_a_dozen_steps_lower_the_loss_and_leave_the_vision_tower(
