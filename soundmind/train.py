@@ -20,6 +20,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -169,6 +170,9 @@ def run_training(config: DictConfig, environment: dict[str, str]) -> None:
     with open_dict(config):
         runtime = config.ray_kwargs.ray_init.setdefault("runtime_env", {})
         runtime.env_vars = {**(runtime.get("env_vars") or {}), **environment}
+        if not runtime.get("py_executable") and shlex.quote(sys.executable) != sys.executable:
+            # Ray starts workers through a shell and quotes their arguments, but not the interpreter.
+            runtime.py_executable = shlex.quote(sys.executable)
     try:
         run_ppo(config, task_runner_class=task_runner())
     finally:
