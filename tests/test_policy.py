@@ -37,7 +37,7 @@ def thinker(random_stand_in: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def policy(random_stand_in: Path, processor: Any) -> Any:
-    from soundmind.verl_ext.engine import as_policy
+    from soundmind.policy import as_policy
 
     banned = response_banned_token_ids(processor.tokenizer)
     return as_policy(load_thinker(random_stand_in), banned).eval()
@@ -85,7 +85,7 @@ def test_shared_clips_are_encoded_once_with_the_same_result(
 
 
 def test_clips_that_differ_in_one_value_are_not_shared() -> None:
-    from soundmind.verl_ext.engine import same_row_index
+    from soundmind.policy import same_row_index
 
     features = torch.randn(3, 128, 50)
     features[1] = features[0]
@@ -97,7 +97,7 @@ def test_clips_that_differ_in_one_value_are_not_shared() -> None:
 
 
 def test_equal_features_of_different_valid_length_are_not_shared() -> None:
-    from soundmind.verl_ext.engine import same_row_index
+    from soundmind.policy import same_row_index
 
     features = torch.zeros(2, 128, 50)
     _, inverse = same_row_index(features, torch.tensor([50, 40]))

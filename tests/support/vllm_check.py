@@ -42,6 +42,7 @@ def main() -> None:
     from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
     from vllm import LLM, SamplingParams
 
+    from soundmind.policy import as_policy
     from soundmind.processor import load_processor
     from soundmind.prompts import build_messages
     from soundmind.tokens import (
@@ -49,7 +50,6 @@ def main() -> None:
         collapse_placeholders,
         response_banned_token_ids,
     )
-    from soundmind.verl_ext.engine import as_policy
 
     processor = load_processor(arguments.model)
     tokenizer = processor.tokenizer
