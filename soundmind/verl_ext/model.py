@@ -19,6 +19,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from verl.workers.config.engine import FSDPEngineConfig
 from verl.workers.config.model import HFModelConfig
 
 from soundmind.processor import load_processor
@@ -76,3 +77,15 @@ class OmniModelConfig(HFModelConfig):
             self.hf_config, self.override_config.get("attn_implementation", "flash_attention_2")
         )
         self.architectures = self.hf_config.architectures
+
+
+@dataclass
+class OmniEngineConfig(FSDPEngineConfig):
+    """verl's FSDP settings, and which parts of the thinker are trained besides the language model.
+
+    Set from `train.audio_tower` and `train.projector` in the configuration, for actor and reference
+    alike. [ours]
+    """
+
+    train_audio_tower: bool = True
+    train_projector: bool = True
