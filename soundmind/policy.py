@@ -11,11 +11,14 @@
   that mark packed sequences. Without vision, M-RoPE is the plain position three times. Four rows
   in transit would crash verl on a batch of equal lengths, where it mistakes the 4 for the
   ragged side;
-* **banned tokens**: logits of tokens that rollouts may not sample are masked here too.
+* **banned tokens**: logits of tokens that rollouts may not sample are masked here too;
+* **encoded frames**: `ENCODED_FRAMES` notes what the audio tower really encoded, for FLOPs.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +28,33 @@ from soundmind.tokens import BANNED_LOGIT_BIAS
 # Frames of the silent clip: one stride-2 convolution, one stride-2 pooling and a margin.
 SILENT_MEL_FRAMES = 16
 FINGERPRINT_VALUES = 64  # values compared before whole clips are
+
+
+class EncodedFrames:
+    """Mel frames of every clip that the audio tower encoded, until somebody takes them.
+
+    One per process (`ENCODED_FRAMES`). A clip shared by several rows of a micro-batch counts once,
+    forward-only passes count, the silent clip of a text batch counts, and layers that gradient
+    checkpointing runs again do not.
+    """
+
+    def __init__(self) -> None:
+        self._frames: list[int] = []
+        self._lock = threading.Lock()
+
+    def add(self, lengths: Iterable[int]) -> None:
+        """Note clips by their valid mel frames, before the tower's convolutions."""
+        with self._lock:
+            self._frames.extend(int(length) for length in lengths)
+
+    def take(self) -> list[int]:
+        """Mel frames of each clip encoded since the last take, in order."""
+        with self._lock:
+            taken, self._frames = self._frames, []
+        return taken
+
+
+ENCODED_FRAMES = EncodedFrames()
 
 
 def same_row_index(
@@ -81,12 +111,11 @@ def policy_class(thinker_class: type) -> type:
             audio_feature_lengths: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            if feature_attention_mask is None or input_features.shape[0] < 2:
-                return super().get_audio_features(
-                    input_features, feature_attention_mask, audio_feature_lengths, **kwargs
-                )
+            if feature_attention_mask is None:
+                raise ValueError("input_features came without feature_attention_mask")
             lengths = feature_attention_mask.sum(-1)
             first, inverse = same_row_index(input_features, lengths)
+            ENCODED_FRAMES.add(lengths[first].tolist())
             output = super().get_audio_features(
                 input_features[first], feature_attention_mask[first], None, **kwargs
             )

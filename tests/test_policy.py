@@ -84,6 +84,30 @@ def test_shared_clips_are_encoded_once_with_the_same_result(
     )
 
 
+def test_encoded_frames_count_each_distinct_clip_once(policy: Any, processor: Any) -> None:
+    from soundmind.policy import ENCODED_FRAMES, SILENT_MEL_FRAMES
+
+    first, second = clip(1, 0.6), clip(2, 0.9)
+    ENCODED_FRAMES.take()
+    logits(policy, inputs_for(processor, [first, second, first]))
+    assert ENCODED_FRAMES.take() == [60, 90]
+    assert ENCODED_FRAMES.take() == []
+    logits(policy, {"input_ids": torch.tensor([[1, 2, 3]])})
+    assert ENCODED_FRAMES.take() == [SILENT_MEL_FRAMES]
+
+
+def test_layers_run_again_for_the_gradient_are_not_counted_again(
+    random_stand_in: Path, processor: Any
+) -> None:
+    from soundmind.policy import ENCODED_FRAMES, as_policy
+
+    model = as_policy(load_thinker(random_stand_in)).train()
+    model.gradient_checkpointing_enable()
+    ENCODED_FRAMES.take()
+    model(**inputs_for(processor, [clip(1, 0.6)]), use_cache=False).logits.sum().backward()
+    assert ENCODED_FRAMES.take() == [60]
+
+
 def test_clips_that_differ_in_one_value_are_not_shared() -> None:
     from soundmind.policy import same_row_index
 
