@@ -32,9 +32,10 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Packages whose version can move a number.
 RECORDED_PACKAGES = (
@@ -94,13 +95,10 @@ class RunFolder:
             return cls(path, resumed=True, _lock=lock)
 
         parent = root / name
-        if resume == "auto" and parent.is_dir():
-            for path in sorted((p for p in parent.iterdir() if p.is_dir()), reverse=True):
-                if (path / "summary.json").exists() or _stored_fingerprint(path) != fingerprint:
-                    continue
-                lock = _try_lock(path)
-                if lock is not None:
-                    return cls(path, resumed=True, _lock=lock)
+        for path in unfinished(parent, fingerprint) if resume == "auto" else ():
+            lock = _try_lock(path)
+            if lock is not None:
+                return cls(path, resumed=True, _lock=lock)
         path = _new_folder(parent)
         (path / "fingerprint").write_text(fingerprint + "\n")
         return cls(path, resumed=False, _lock=_try_lock(path))
@@ -156,6 +154,17 @@ class RunFolder:
         return sum(attempt["ended"] - attempt["started"] for attempt in attempts)
 
 
+def unfinished(parent: Path, fingerprint: str) -> list[Path]:
+    """Unfinished runs of the experiment `fingerprint` among the folders of `parent`, newest first."""
+    if not parent.is_dir():
+        return []
+    return [
+        path
+        for path in sorted((p for p in parent.iterdir() if p.is_dir()), reverse=True)
+        if not (path / "summary.json").exists() and _stored_fingerprint(path) == fingerprint
+    ]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` in one move, readable by people."""
     temporary = path.with_name(path.name + ".tmp")
@@ -166,6 +175,9 @@ def write_json(path: Path, value: Any) -> None:
 def config_fingerprint(config: DictConfig) -> str:
     """A short digest of what makes two runs the same experiment: the configuration without "
     "`run.resume`."""
+    # Here alone: scripts/gpu_check.sh uses this module where only torch and transformers are.
+    from omegaconf import OmegaConf
+
     plain = json.loads(json.dumps(OmegaConf.to_container(config, resolve=True), default=str))
     for name in ("resume", "dir", "metrics_path", "export"):
         plain.get("run", {}).pop(name, None)
