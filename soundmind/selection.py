@@ -34,6 +34,7 @@ def cpu_environment() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; otherwise a share of the whole host memory
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding threads of several engines to one core
         "TOKENIZERS_PARALLELISM": "false",
+        "TQ_NUM_THREADS": "1",  # TransferQueue asks for 8 and warns of the difference at every step
         # vLLM's sampler would compile C++ on the fly: needs a compiler and a path without spaces.
         "TORCHDYNAMO_DISABLE": "1",
     }
