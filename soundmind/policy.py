@@ -5,8 +5,8 @@
 * **a silent clip for text**: ranks whose micro-batch has no audio would skip the audio tower and
   issue fewer all-gathers than the others, which deadlocks; they run a few silent frames at
   weight 0;
-* **one encoding per clip**: the n rollouts of a prompt carry the same features, so the audio
-  tower sees each distinct clip of a micro-batch once, and its output is shared;
+* **one encoding per clip**: the n rollouts of a prompt share a clip, so the audio tower sees
+  each distinct clip of a micro-batch once, and `clip_index` says who heard which;
 * **positions**: verl carries plain positions (L,); the forward expands them to the four rows
   that mark packed sequences. Without vision, M-RoPE is the plain position three times. Four rows
   in transit would crash verl on a batch of equal lengths, where it mistakes the 4 for the
@@ -27,7 +27,6 @@ from soundmind.tokens import BANNED_LOGIT_BIAS
 
 # Frames of the silent clip: one stride-2 convolution, one stride-2 pooling and a margin.
 SILENT_MEL_FRAMES = 16
-FINGERPRINT_VALUES = 64  # values compared before whole clips are
 
 
 class EncodedFrames:
@@ -57,38 +56,6 @@ class EncodedFrames:
 ENCODED_FRAMES = EncodedFrames()
 
 
-def same_row_index(
-    features: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """First occurrence of each distinct clip, and for every clip which of those it equals.
-
-    `features` (num_clips, num_mel_bins, mel_frames), `lengths` (num_clips,) valid frames. Returns
-    `first` (num_distinct,) and `inverse` (num_clips,), both int64, such that
-    `features[first][inverse]` equals `features`. Compared exactly, value by value.
-    """
-    num_clips = features.shape[0]
-    flat = features.reshape(num_clips, -1)
-    # A few values narrow the candidates; equality is then checked on all of them.
-    columns = torch.linspace(0, flat.shape[1] - 1, FINGERPRINT_VALUES, device=flat.device).long()
-    fingerprints = [tuple(values) for values in flat[:, columns].tolist()]
-    firsts: dict[tuple[tuple[float, ...], int], list[int]] = {}
-    first: list[int] = []
-    inverse: list[int] = []
-    for index, key in enumerate(zip(fingerprints, lengths.tolist(), strict=True)):
-        for slot in firsts.setdefault(key, []):
-            if torch.equal(flat[first[slot]], flat[index]):
-                inverse.append(slot)
-                break
-        else:
-            firsts[key].append(len(first))
-            inverse.append(len(first))
-            first.append(index)
-    return (
-        torch.tensor(first, device=features.device),
-        torch.tensor(inverse, device=features.device),
-    )
-
-
 def packed_position_rows(position_ids: torch.Tensor) -> torch.Tensor:
     """Plain positions (batch, length) -> (4, batch, length): one text row, three M-RoPE rows.
 
@@ -104,45 +71,42 @@ def policy_class(thinker_class: type) -> type:
     class OmniPolicy(thinker_class):
         banned_token_ids: torch.Tensor | None = None
 
-        def get_audio_features(
-            self,
-            input_features: torch.Tensor,
-            feature_attention_mask: torch.Tensor | None = None,
-            audio_feature_lengths: torch.Tensor | None = None,
-            **kwargs: Any,
-        ) -> Any:
-            if feature_attention_mask is None:
-                raise ValueError("input_features came without feature_attention_mask")
-            lengths = feature_attention_mask.sum(-1)
-            first, inverse = same_row_index(input_features, lengths)
-            ENCODED_FRAMES.add(lengths[first].tolist())
-            output = super().get_audio_features(
-                input_features[first], feature_attention_mask[first], None, **kwargs
-            )
-            if len(first) < len(inverse):
-                _, tokens = self.audio_tower._get_feat_extract_output_lengths(lengths[first])
-                clips = output.last_hidden_state.split(tokens.tolist())
-                output.last_hidden_state = torch.cat([clips[slot] for slot in inverse.tolist()])
-            return output
-
         def forward(
             self,
             input_ids: torch.Tensor | None = None,
             input_features: torch.Tensor | None = None,
             feature_attention_mask: torch.Tensor | None = None,
+            clip_index: torch.Tensor | None = None,
             position_ids: torch.Tensor | None = None,
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            if input_features is None and inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids) + self._silence()
-            elif input_features is not None and input_ids is not None:
-                self._check_placeholders(input_ids, feature_attention_mask)
+            """Logits over the vocabulary, as the thinker's own forward.
+
+            `input_features` (clips, mel bins, mel frames) and `feature_attention_mask`
+            (clips, mel frames) are the clips to encode. `clip_index` (clips heard,) int64 names,
+            in the order of the placeholders in `input_ids`, the clip that is heard; without it
+            each clip is heard once, in order.
+            """
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+                if input_features is None:
+                    self._placeholders(input_ids, 0)
+                    inputs_embeds = inputs_embeds + self._silence()
+                else:
+                    if feature_attention_mask is None:
+                        raise ValueError("input_features came without feature_attention_mask")
+                    audio = self._encode_clips(input_features, feature_attention_mask, clip_index)
+                    if clip_index is not None:
+                        feature_attention_mask = feature_attention_mask[clip_index]
+                    heard = self._placeholders(input_ids, len(audio))
+                    inputs_embeds = inputs_embeds.masked_scatter(
+                        heard.unsqueeze(-1), audio.to(inputs_embeds.dtype)
+                    )
             if position_ids is not None and position_ids.dim() == 2:
                 position_ids = packed_position_rows(position_ids)
             output = super().forward(
                 input_ids=input_ids,
-                input_features=input_features,
                 feature_attention_mask=feature_attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
@@ -153,34 +117,47 @@ def policy_class(thinker_class: type) -> type:
                 output.logits.index_fill_(-1, banned, BANNED_LOGIT_BIAS)
             return output
 
+        def _encode_clips(
+            self, features: torch.Tensor, mask: torch.Tensor, clip_index: torch.Tensor | None
+        ) -> torch.Tensor:
+            """Audio embeddings (tokens heard, hidden size), each clip encoded once."""
+            lengths = mask.sum(-1)
+            ENCODED_FRAMES.add(lengths.tolist())
+            encoded = self.get_audio_features(features, mask, return_dict=True).last_hidden_state
+            if clip_index is None:
+                return encoded
+            _, tokens = self.audio_tower._get_feat_extract_output_lengths(lengths)
+            clips = encoded.split(tokens.tolist())
+            return torch.cat([clips[clip] for clip in clip_index.tolist()])
+
         def _silence(self) -> torch.Tensor:
-            """A zero that depends on every parameter of the audio tower."""
+            """A zero that depends on every parameter of the audio tower.
+
+            A frozen tower runs as well: its layers' all-gathers have to match the other ranks'.
+            """
             weight = self.get_input_embeddings().weight
             num_mel_bins = self.config.audio_config.num_mel_bins
             frames = torch.zeros(
                 1, num_mel_bins, SILENT_MEL_FRAMES, dtype=weight.dtype, device=weight.device
             )
             mask = torch.ones(1, SILENT_MEL_FRAMES, dtype=torch.long, device=weight.device)
-            encoded = self.get_audio_features(frames, mask, return_dict=True)
-            return encoded.last_hidden_state.sum() * 0
+            return self._encode_clips(frames, mask, None).sum() * 0
 
-        def _check_placeholders(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-            """Raise unless there is one placeholder token per audio embedding.
+        def _placeholders(self, input_ids: torch.Tensor, embeddings: int) -> torch.Tensor:
+            """Where the audio placeholders are, (batch, length) bool.
 
+            Raises `ValueError` unless there is one for each of so many audio embeddings:
             transformers checks this for images and videos only; for audio it would shift clips.
             """
-            if mask is None:
-                raise ValueError("input_features came without feature_attention_mask")
-            _, tokens = self.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))
-            placeholders = int((input_ids == self.config.audio_token_id).sum())
-            if placeholders != int(tokens.sum()):
+            heard = input_ids == self.config.audio_token_id
+            placeholders = int(heard.sum())
+            if placeholders != embeddings:
                 raise ValueError(
-                    f"{placeholders} audio placeholder tokens for {int(tokens.sum())} audio "
-                    f"embeddings "
-                    f"in a micro-batch of {mask.shape[0]} clips: a prompt was cut, or a response "
-                    f"holds "
-                    "a placeholder token."
+                    f"{placeholders} audio placeholder tokens for {embeddings} audio embeddings "
+                    "in a micro-batch: a prompt was cut, its clip did not arrive, or a response "
+                    "holds a placeholder token."
                 )
+            return heard
 
     OmniPolicy.__name__ = f"{thinker_class.__name__}Policy"
     return OmniPolicy

@@ -59,37 +59,58 @@ def logits(model: Any, inputs: dict[str, Any]) -> Any:
         return model(**inputs, use_cache=False).logits
 
 
+def shared_inputs(processor: Any, clips: list[np.ndarray], index: list[int]) -> dict[str, Any]:
+    """Inputs of rows that hear `clips[index[row]]`, with every clip's features there once."""
+    inputs = inputs_for(processor, [clips[slot] for slot in index])
+    first = [index.index(slot) for slot in range(len(clips))]
+    for name in ("input_features", "feature_attention_mask"):
+        inputs[name] = inputs[name][first]
+    return {**inputs, "clip_index": torch.tensor(index)}
+
+
 def test_shared_clips_are_encoded_once_with_the_same_result(
     policy: Any, thinker: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = clip(1, 0.6), clip(2, 0.9)
-    inputs = inputs_for(processor, [first, second, first, first, second])
+    clips, index = [clip(1, 0.6), clip(2, 0.9)], [0, 1, 0, 0, 1]
     seen = []
     tower = policy.audio_tower
     stock = type(tower).forward
 
     def counting(self: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["feature_lens"].shape[0])
+        seen.append(kwargs["feature_lens"].tolist())
         return stock(self, features, *args, **kwargs)
 
     monkeypatch.setattr(type(tower), "forward", counting)
-    ours = logits(policy, inputs)
-    assert seen == [2]
+    ours = logits(policy, shared_inputs(processor, clips, index))
+    assert seen == [[60, 90]]
     monkeypatch.undo()
+    inputs = inputs_for(processor, [clips[slot] for slot in index])
     mask = inputs["attention_mask"].bool()
     allowed = torch.ones(ours.shape[-1], dtype=torch.bool)
     allowed[policy.banned_token_ids] = False
-    torch.testing.assert_close(
-        ours[mask][:, allowed], logits(thinker, inputs)[mask][:, allowed], rtol=1e-4, atol=1e-5
-    )
+    expected = logits(thinker, inputs)[mask][:, allowed]
+    torch.testing.assert_close(ours[mask][:, allowed], expected, rtol=1e-4, atol=1e-5)
+    each = logits(policy, inputs)[mask][:, allowed]
+    torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_rounded_in_transit_are_what_the_model_rounds_itself(
+    random_stand_in: Path, processor: Any
+) -> None:
+    from soundmind.policy import as_policy
+
+    model = as_policy(load_thinker(random_stand_in)).eval().to(torch.bfloat16)
+    inputs = inputs_for(processor, [clip(1, 0.6), clip(2, 0.9)])
+    exact = logits(model, inputs)
+    inputs["input_features"] = inputs["input_features"].to(torch.bfloat16)
+    assert torch.equal(exact, logits(model, inputs))
 
 
 def test_encoded_frames_count_each_distinct_clip_once(policy: Any, processor: Any) -> None:
     from soundmind.policy import ENCODED_FRAMES, SILENT_MEL_FRAMES
 
-    first, second = clip(1, 0.6), clip(2, 0.9)
     ENCODED_FRAMES.take()
-    logits(policy, inputs_for(processor, [first, second, first]))
+    logits(policy, shared_inputs(processor, [clip(1, 0.6), clip(2, 0.9)], [0, 1, 0]))
     assert ENCODED_FRAMES.take() == [60, 90]
     assert ENCODED_FRAMES.take() == []
     logits(policy, {"input_ids": torch.tensor([[1, 2, 3]])})
@@ -106,26 +127,6 @@ def test_layers_run_again_for_the_gradient_are_not_counted_again(
     ENCODED_FRAMES.take()
     model(**inputs_for(processor, [clip(1, 0.6)]), use_cache=False).logits.sum().backward()
     assert ENCODED_FRAMES.take() == [60]
-
-
-def test_clips_that_differ_in_one_value_are_not_shared() -> None:
-    from soundmind.policy import same_row_index
-
-    features = torch.randn(3, 128, 50)
-    features[1] = features[0]
-    features[2] = features[0]
-    features[2, 77, 31] += 1e-6
-    first, inverse = same_row_index(features, torch.tensor([50, 50, 50]))
-    assert first.tolist() == [0, 2]
-    assert inverse.tolist() == [0, 0, 1]
-
-
-def test_equal_features_of_different_valid_length_are_not_shared() -> None:
-    from soundmind.policy import same_row_index
-
-    features = torch.zeros(2, 128, 50)
-    _, inverse = same_row_index(features, torch.tensor([50, 40]))
-    assert inverse.tolist() == [0, 1]
 
 
 def test_packed_sequences_do_not_see_each_other(policy: Any, processor: Any) -> None:
@@ -165,6 +166,13 @@ def test_a_placeholder_too_few_is_an_error(policy: Any, processor: Any) -> None:
     position = (inputs["input_ids"][0] == policy.config.audio_token_id).nonzero()[0, 0]
     inputs["input_ids"][0, position] = processor.tokenizer.eos_token_id
     with pytest.raises(ValueError, match="audio placeholder tokens for"):
+        logits(policy, inputs)
+
+
+def test_placeholders_without_features_are_an_error(policy: Any, processor: Any) -> None:
+    inputs = inputs_for(processor, [clip(1, 0.6)])
+    del inputs["input_features"], inputs["feature_attention_mask"]
+    with pytest.raises(ValueError, match="its clip did not arrive"):
         logits(policy, inputs)
 
 

@@ -2,7 +2,9 @@
 
 verl builds a prompt, decodes its clip and extracts its features once per *rollout* and three times
 over. Here all of that happens once per *prompt*: the n sessions of a group share one
-`EncodedPrompt`, and the worker hands its features to the trainer instead of computing them again.
+`EncodedPrompt`, whose features go into TransferQueue once (`feature_store`), whose waveform goes
+into Ray's object store once, and which is dropped when the last session is done. Validation stores
+no features: nothing trains on its rollouts.
 
 Selected by two public keys:
     actor_rollout_ref.rollout.agent.default_agent_loop: soundmind_audio
@@ -15,12 +17,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import ray
 import torch
 from verl.experimental.agent_loop.agent_loop import (
@@ -38,14 +39,15 @@ from soundmind.tokens import (
     collapse_placeholders,
     response_banned_token_ids,
 )
+from soundmind.verl_ext import feature_store
 from soundmind.verl_ext.plugin import require_loaded
 
 logger = logging.getLogger(__name__)
 
 AGENT_LOOP = "soundmind_audio"
-FEATURES = "features"  # key in AgentLoopOutput.multi_modal_data, dropped by verl before storage
 ROW = "row"  # what a saved response needs to be scored again, as JSON (see trainer.py)
-SHARED_PROMPTS = 1024  # prompts whose encoding a worker remembers; a step needs its batch
+# Prompts under way in a worker: 3.8 MB of waveform for a one-minute clip, so about 280 of them.
+ENCODED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -54,51 +56,83 @@ class EncodedPrompt:
 
     token_ids: list[int]  # placeholders expanded: one per audio embedding
     server_token_ids: list[int]  # placeholders collapsed: one per clip
-    clips: list[np.ndarray] | None  # waveforms (num_samples,) float32, 16 kHz
-    features: dict[str, torch.Tensor]  # input_features (clips, 128, frames), feature_attention_mask
+    # Reference to the waveforms, list of (num_samples,) float32 at 16 kHz, in Ray's object store.
+    clips: Any | None
+    clip_key: dict[str, Any]  # a rollout's `multi_modal_inputs`: where its features are
+    nbytes: int  # of the waveforms
 
 
 class PromptEncodings:
-    """The running or finished encoding of each prompt, by its uid, least recently used first."""
+    """The encodings of the prompts under way, each made once and dropped by `release`.
 
-    def __init__(self, capacity: int = SHARED_PROMPTS) -> None:
-        self.capacity = capacity
-        self._tasks: OrderedDict[str, asyncio.Task[EncodedPrompt]] = OrderedDict()
+    Prompts are encoded one after the other, and none while those under way hold `max_bytes` or
+    more: long clips wait for their turn instead of filling the memory.
+    """
 
-    async def get(self, uid: str, encode: Any) -> EncodedPrompt:
+    def __init__(self, max_bytes: int = ENCODED_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self._tasks: dict[str, asyncio.Task[EncodedPrompt]] = {}
+        self._sizes: dict[str, int] = {}
+        self._turn = asyncio.Lock()
+        self._released = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def get(self, uid: str, encode: Callable[[], Awaitable[EncodedPrompt]]) -> EncodedPrompt:
         """The encoding of prompt `uid`; `encode()` runs for the first session that asks."""
         task = self._tasks.get(uid)
         if task is None:
-            task = asyncio.ensure_future(encode())
+            task = asyncio.ensure_future(self._encode(uid, encode))
             self._tasks[uid] = task
-            while len(self._tasks) > self.capacity:
-                self._tasks.popitem(last=False)
         # A session that is cancelled must not cancel the encoding its siblings wait for.
         return await asyncio.shield(task)
 
+    def release(self, uid: str) -> None:
+        """Forget prompt `uid`, all of whose sessions are done; unknown ones are ignored."""
+        task = self._tasks.pop(uid, None)
+        if task is not None:
+            task.cancel()  # only matters where every session was cancelled before its turn came
+        self.held_bytes -= self._sizes.pop(uid, 0)
+        self._released.set()
 
-_ENCODINGS = PromptEncodings()
+    async def _encode(
+        self, uid: str, encode: Callable[[], Awaitable[EncodedPrompt]]
+    ) -> EncodedPrompt:
+        async with self._turn:
+            while self.held_bytes >= self.max_bytes:
+                self._released.clear()
+                await self._released.wait()
+            prompt = await encode()
+            self._sizes[uid] = prompt.nbytes
+            self.held_bytes += prompt.nbytes
+            return prompt
 
 
 @register(AGENT_LOOP)
 class AudioAgentLoop(AgentLoopBase):
-    """Single-turn chat whose prompt may hold a clip. One instance per session; state is the "
-    "worker's."""
+    """Single-turn chat whose prompt may hold a clip; one instance serves all of a worker."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         require_loaded()
+        self.encodings = PromptEncodings()
+        self._feature_dtype = feature_store.transit_dtype(self.config)
         if self.processor is None:
             raise ValueError(
                 "the agent loop got no processor, so audio would be dropped; set "
                 "actor_rollout_ref.model._target_=soundmind.verl_ext.model.OmniModelConfig"
             )
 
-    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+    async def run(
+        self, sampling_params: dict[str, Any], *, validate: bool = False, **kwargs: Any
+    ) -> AgentLoopOutput:
         """One response to `raw_prompt` (messages); `uid` names the prompt among its n sessions."""
         messages = list(kwargs["raw_prompt"])
-        uid = str(kwargs.get("uid") or uuid4().hex)
-        prompt = await _ENCODINGS.get(uid, lambda: self._encode(messages))
+        uid = str(kwargs["uid"])
+        step = None if validate else int(kwargs["global_steps"])
+        prompt = await self.encodings.get(uid, lambda: self._encode(uid, messages, step))
 
         metrics: dict[str, Any] = {}
         with simple_timer("generate_sequences", metrics):
@@ -121,7 +155,7 @@ class AudioAgentLoop(AgentLoopBase):
             response_logprobs=(
                 list(output.log_probs)[: len(response_ids)] if output.log_probs else None
             ),
-            multi_modal_data={FEATURES: prompt.features},
+            multi_modal_data=dict(prompt.clip_key),
             num_turns=2,
             metrics=metrics,
             extra_fields={
@@ -135,8 +169,13 @@ class AudioAgentLoop(AgentLoopBase):
             },
         )
 
-    async def _encode(self, messages: list[dict[str, Any]]) -> EncodedPrompt:
-        """Decode the clip, render and tokenise the prompt, extract features: once per prompt."""
+    async def _encode(
+        self, uid: str, messages: list[dict[str, Any]], step: int | None
+    ) -> EncodedPrompt:
+        """Decode the clip, render and tokenise the prompt, extract features: once per prompt.
+
+        Features are stored under `uid` for training step `step`; `None` stores none.
+        """
         media = await self.process_multi_modal_info(messages)
         clips = media.get("audios") or None
         features: dict[str, Any] = {}
@@ -149,15 +188,21 @@ class AudioAgentLoop(AgentLoopBase):
         if placeholders != len(clips or []):
             raise ValueError(
                 f"the prompt has {placeholders} audio placeholders for {len(clips or [])} clips; "
-                f"the "
-                "chat template must render one placeholder per audio part"
+                "the chat template must render one placeholder per audio part"
             )
-        kept = ("input_features", "feature_attention_mask")
+        clip_key: dict[str, Any] = {}
+        if clips and step is not None:
+            packed = feature_store.pack(features, self._feature_dtype)
+            await feature_store.put(uid, step, packed)
+            clip_key = {feature_store.CLIP_KEY: uid, feature_store.STEP: step}
         return EncodedPrompt(
             token_ids=token_ids,
             server_token_ids=server_token_ids,
-            clips=clips,
-            features={name: torch.as_tensor(features[name]) for name in kept} if clips else {},
+            # verl's client hands it on as an argument of the server's method, where Ray puts the
+            # waveforms in its place.
+            clips=ray.put(clips) if clips else None,
+            clip_key=clip_key,
+            nbytes=sum(clip.nbytes for clip in clips or []),
         )
 
     def _logit_bias(self) -> dict[int, float]:
@@ -170,9 +215,9 @@ class AudioAgentLoop(AgentLoopBase):
 
 
 class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
-    """verl's worker, passing on the features the loop already has.
+    """verl's worker, passing on where the features are that the loop has stored.
 
-    The loop keeps nothing between sessions, so one instance serves them all; verl would build one
+    The loop keeps nothing of a session, so one instance serves them all; verl would build one
     for every rollout, configuration copy included.
     """
 
@@ -192,10 +237,23 @@ class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         trace: bool = True,
         **kwargs: Any,
     ) -> Any:
-        if agent_name != AGENT_LOOP or trace:
+        if agent_name != AGENT_LOOP:
             return await super()._run_agent_loop(
                 sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
             )
+        validate = trajectory["validate"]
+        output = await self._loop().run(sampling_params, validate=validate, **kwargs)
+        return await self._agent_loop_postprocess(output, validate, **kwargs)
+
+    async def _run_prompt(self, prompt: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """The n sessions of a prompt, verl's; afterwards nothing of it stays in this process."""
+        uid = str(prompt["uid"])
+        try:
+            await super()._run_prompt(prompt, *args, **kwargs)
+        finally:
+            self._loop().encodings.release(uid)
+
+    def _loop(self) -> AudioAgentLoop:
         if self._audio_loop is None:
             self._audio_loop = AudioAgentLoop(
                 trainer_config=DictConfigWrap(config=self.config),
@@ -206,13 +264,12 @@ class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
                 data_config=DictConfigWrap(self.config.data),
                 hf_model_type=self.hf_model_type,
             )
-        output = await self._audio_loop.run(sampling_params, **kwargs)
-        return await self._agent_loop_postprocess(output, trajectory["validate"], **kwargs)
+        return self._audio_loop
 
     def _compute_multi_modal_inputs(
         self, output: AgentLoopOutput, input_ids: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        return dict((output.multi_modal_data or {}).get(FEATURES) or {})
+    ) -> dict[str, Any]:
+        return dict(output.multi_modal_data or {})
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
         await super()._compute_score(outputs, kwargs)

@@ -22,6 +22,7 @@ from verl.workers.engine.base import EngineRegistry
 
 from soundmind.policy import as_policy
 from soundmind.tokens import response_banned_token_ids
+from soundmind.verl_ext.feature_store import CLIP_KEY, READER, clip_inputs, clip_rows
 from soundmind.verl_ext.plugin import require_loaded
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,15 @@ class OmniFSDPEngine(fsdp.FSDPEngineWithLMHead):
             return super()._build_fsdp_module(module)
         finally:
             fsdp.CPUOffloadPolicy = stock
+
+    def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """verl's inputs, with features in the place of the keys that rollouts carry."""
+        rows = clip_rows(micro_batch)
+        if not any(CLIP_KEY in row for row in rows):
+            return super().prepare_model_inputs(micro_batch)
+        inputs, output_args = super().prepare_model_inputs(micro_batch.exclude("multi_modal_inputs"))
+        inputs.update(clip_inputs(rows, READER, micro_batch["input_ids"].device))
+        return inputs, output_args
 
     def get_per_tensor_param(self, **kwargs: Any) -> tuple[Iterator[tuple[str, Any]], Any]:
         """Parameters for vLLM, as (name, full tensor), under the names of a complete folder."""

@@ -34,6 +34,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
 from soundmind.verl_ext.agent_loop import ROW
+from soundmind.verl_ext.feature_store import clear_spent
 from soundmind.verl_ext.plugin import require_loaded
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,12 @@ class SoundMindTrainer(PPOTrainerSync):
         self._metrics_file.forget_after(self.global_steps)
         self._started = time.monotonic()
         super().fit(agent_loop_manager)
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        """verl's step; the audio features of its prompts are dropped behind the update."""
+        batch = super().step(metrics, timing_raw)
+        clear_spent(batch.keys)
+        return batch
 
     def _save_checkpoint(self) -> None:
         # verl saves before it logs. Killed in between, a resumed run would miss that step's line and
