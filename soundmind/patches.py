@@ -18,6 +18,8 @@ synchronised | vLLM 0.28 `model_executor/layers/utils.py` |
 | transformers `WhisperFeatureExtractor`; https://github.com/volcengine/verl/issues/2852 |
 | `omni_token_builder` | both | verl warns about an unknown model type once per rollout | verl
 0.9.1 `utils/tokenizer/continuous_token_wiring.py` |
+| `thinker_flops` | both | verl reports an MFU of 0 for model types it does not know | verl 0.9.1
+`utils/flops_counter.py` |
 """
 
 from __future__ import annotations
@@ -133,3 +135,13 @@ def omni_token_builder() -> None:
 
     family = wiring.ContinuousTokenModelFamily.VL_DEFAULT
     wiring._MODEL_TYPE_TO_FAMILY.setdefault("qwen2_5_omni_thinker", family)
+
+
+@_once
+def thinker_flops() -> None:
+    """Register the count of operations behind `mfu`, audio tower included (`soundmind.flops`)."""
+    import verl.utils.flops_counter as counter
+
+    from soundmind.flops import estimate_thinker_flops
+
+    counter.ESTIMATE_FUNC.setdefault("qwen2_5_omni_thinker", estimate_thinker_flops)

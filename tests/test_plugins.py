@@ -84,7 +84,9 @@ def test_selected_for_gpus_the_cpu_patches_stay_out() -> None:
         text=True,
         timeout=300,
     )
-    assert "PROBE omni_token_builder,true_length_features" in result.stdout, result.stderr[-2000:]
+    assert "PROBE omni_token_builder,thinker_flops,true_length_features" in result.stdout, (
+        result.stderr[-2000:]
+    )
 
 
 # verl internals that the plugin relies on, as (module, attribute). An upgrade breaks here, loudly.

@@ -27,6 +27,7 @@ def load() -> None:
         patches.vectorised_logprobs()
     patches.true_length_features()
     patches.omni_token_builder()
+    patches.thinker_flops()
     LOADED = True
 
 

@@ -1,0 +1,127 @@
+"""Parameter counts from dimensions equal those of transformers' own classes, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thinkers import thinker_config
+
+from soundmind import sizes
+from soundmind.parts import PARTS, part_of
+
+
+def counted(thinker: Any) -> dict[str, int]:
+    """Parameters of a thinker by part, counted on its tensors."""
+    counts: Counter[str] = Counter()
+    for name, parameter in thinker.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return counts
+
+
+def meta_thinker(config: Any) -> Any:
+    """transformers' thinker without memory for its weights."""
+    import torch
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    with torch.device("meta"):
+        return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("size", sizes.PUBLISHED.values(), ids=lambda size: size.name)
+def test_a_published_thinker_has_exactly_as_many_parameters(size: sizes.OmniSize) -> None:
+    pytest.importorskip("transformers")
+    expected = sizes.parameters(size)
+    found = counted(meta_thinker(thinker_config(size)))
+    assert found == {part: expected[part] for part in found}
+    assert sum(found.values()) == size.thinker_parameters
+
+
+def test_the_7b_has_the_defaults_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    text, audio = transformers.Qwen2_5OmniThinkerConfig().text_config, None
+    audio = transformers.Qwen2_5OmniThinkerConfig().audio_config
+    size = sizes.QWEN2_5_OMNI_7B
+    assert size.text == sizes.TextSize(
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        text.intermediate_size,
+        text.vocab_size,
+    )
+    assert size.audio == sizes.AudioSize(
+        audio.d_model,
+        audio.encoder_layers,
+        audio.encoder_attention_heads,
+        audio.encoder_ffn_dim,
+        audio.output_dim,
+        audio.num_mel_bins,
+        audio.n_window,
+    )
+
+
+def test_published_totals() -> None:
+    # The model cards give 10.7 and 5.54 billion; 8.93 is the 7B's thinker alone.
+    seven, three = sizes.parameters(sizes.QWEN2_5_OMNI_7B), sizes.parameters(sizes.QWEN2_5_OMNI_3B)
+    assert tuple(seven) == tuple(three) == PARTS
+    assert round(sum(seven.values()) / 1e9, 2) == 10.73
+    assert round(sizes.QWEN2_5_OMNI_7B.thinker_parameters / 1e9, 2) == 8.93
+    assert round(sum(three.values()) / 1e9, 2) == 5.54
+
+
+def test_the_7b_talker_and_vocoder_equal_transformers_classes() -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    size = sizes.QWEN2_5_OMNI_7B
+    talker = size.talker
+    assert talker is not None
+    config = transformers.Qwen2_5OmniConfig()
+    talker_config = transformers.models.qwen2_5_omni.Qwen2_5OmniTalkerConfig(
+        embedding_size=talker.embedding,
+        hidden_size=talker.hidden,
+        num_hidden_layers=talker.layers,
+        num_attention_heads=talker.heads,
+        num_key_value_heads=talker.kv_heads,
+        head_dim=talker.head_dim,
+        intermediate_size=talker.intermediate,
+        vocab_size=talker.vocab,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen2_5OmniTalkerForConditionalGeneration(talker_config)
+        vocoder = transformers.Qwen2_5OmniToken2WavModel(config.token2wav_config)
+    assert sum(p.numel() for p in model.parameters()) == talker.parameters
+    assert sum(p.numel() for p in vocoder.parameters()) == size.vocoder
+
+
+def test_a_folder_tells_its_own_dimensions(random_stand_in: Path) -> None:
+    from transformers import Qwen2_5OmniConfig
+
+    size = sizes.model_size(str(random_stand_in))
+    expected = sizes.parameters(size)
+    thinker = meta_thinker(Qwen2_5OmniConfig.from_pretrained(random_stand_in).thinker_config)
+    found = counted(thinker)
+    assert found == {part: expected[part] for part in found}
+    assert size.talker is not None
+
+
+def test_a_model_that_is_not_there_is_told_by_its_name() -> None:
+    assert sizes.model_size("checkpoints/Qwen2.5-Omni-7B") is sizes.QWEN2_5_OMNI_7B
+    assert sizes.model_size("Qwen/Qwen2.5-Omni-3B") is sizes.QWEN2_5_OMNI_3B
+    with pytest.raises(sizes.SizeError, match="is not a published model"):
+        sizes.model_size("checkpoints/other")
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sizes.SizeError, match="not found"):
+        sizes.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(sizes.SizeError, match="download the folder again"):
+        sizes.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(sizes.SizeError, match="'thinker_config' is missing"):
+        sizes.from_folder(tmp_path)
