@@ -7,7 +7,8 @@ verl's `HFModelConfig` it
   finds the right class and strips the `thinker.` prefix while loading, and vLLM still gets the full
   folder;
 * builds the processor itself, because verl's loader knows a closed list of processors, and for any
-  other one prints a warning and goes on with text-only training.
+  other one prints a warning and goes on with text-only training;
+* keeps LoRA within the language model (`soundmind.parts.language_model_targets`).
 
 verl's vLLM server does not use this class: it always builds a plain `HFModelConfig`, which is why
 the placeholder rules live in the agent loop (`soundmind.verl_ext.agent_loop`).
@@ -22,6 +23,7 @@ from typing import Any
 from verl.workers.config.engine import FSDPEngineConfig
 from verl.workers.config.model import HFModelConfig
 
+from soundmind.parts import language_model_targets
 from soundmind.processor import load_processor
 from soundmind.verl_ext import engine  # noqa: F401 - registers the engine for "omni_thinker"
 from soundmind.verl_ext.plugin import require_loaded
@@ -50,6 +52,8 @@ def thinker_config(full_config: Any, attn_implementation: str | None) -> Any:
 class OmniModelConfig(HFModelConfig):
     """verl's model config with the thinker's config and a working processor; see the module."""
 
+    _mutable_fields = HFModelConfig._mutable_fields | {"target_modules"}
+
     model_type: str = MODEL_TYPE
     hf_config: Any = None
 
@@ -77,6 +81,8 @@ class OmniModelConfig(HFModelConfig):
             self.hf_config, self.override_config.get("attn_implementation", "flash_attention_2")
         )
         self.architectures = self.hf_config.architectures
+        if self.lora_rank > 0:
+            self.target_modules: Any = language_model_targets(self.target_modules)
 
 
 @dataclass

@@ -4,13 +4,15 @@
         --cases mixed mixed-packed --output out.pt
 
 Writes, by case, each rank's loss, every gradient in full, and per-response log-probabilities.
-A case is a batch, optionally `-packed` (no padding) or `-split` (several micro-batches).
+A case is a batch, optionally `-packed` (no padding), `-split` (several micro-batches) or `-keyed`
+(rows carry keys of stored clips, as rollouts do, instead of features).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ import numpy as np
 from soundmind.selection import select
 
 CLIP_SECONDS = {"mixed": [0.7, None, 1.3, 0.7, None, 2.0, 0.5, 1.3], "text": [None] * 8}
+# Of two ranks one has only clips and the other only text.
+CLIP_SECONDS["sides"] = [0.7, None] * 4
 # Same clip, same lengths of response: every sequence of the batch is equally long.
 CLIP_SECONDS["equal"] = [1.0] * 8
 RESPONSE_TOKENS = {"mixed": [5, 9, 3, 7, 4, 6, 8, 5], "text": [5, 9, 3, 7, 4, 6, 8, 5]}
 RESPONSE_TOKENS["equal"] = [6] * 8
+RESPONSE_TOKENS["sides"] = RESPONSE_TOKENS["mixed"]
 
 
 def build_rows(processor: Any, batch: str) -> list[dict[str, Any]]:
@@ -99,12 +104,32 @@ def to_batch(rows: list[dict[str, Any]], max_tokens: int, remove_padding: bool) 
     return batch
 
 
+def store_clips(rows: list[dict[str, Any]]) -> None:
+    """Put the rows' features where the engine looks for stored clips, one entry for each clip."""
+    import torch
+
+    from soundmind.verl_ext import feature_store
+
+    stored = {}
+    for row in rows:
+        if row["features"]:
+            clips = feature_store.pack(row["features"], torch.float32)
+            name = f"clip of {int(clips.lengths)} frames"
+            stored[name] = clips
+            row["features"] = {feature_store.CLIP_KEY: name, feature_store.STEP: 1}
+    feature_store.READER.get([], 2)  # drops the clips of an earlier case
+    feature_store.READER._fetch = lambda names: {name: stored[name] for name in names}
+    feature_store.READER._step = 0
+
+
 def run_case(engine: Any, loss: Any, case: str, rank: int, ranks: int) -> dict[str, Any]:
     """One forward and backward pass of this rank's rows; gradients and log-probabilities of all."""
     import torch.distributed as dist
 
     batch, _, variant = case.partition("-")
     rows = build_rows(engine.model_config.processor, batch)
+    if variant == "keyed":
+        store_clips(rows)
     mine = rows[rank::ranks]
     data = to_batch(mine, 160 if variant == "split" else 4096, variant == "packed")
     with engine.train_mode():
@@ -129,18 +154,12 @@ def run_case(engine: Any, loss: Any, case: str, rank: int, ranks: int) -> dict[s
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--rendezvous", required=True)
-    parser.add_argument("--cases", nargs="+", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+def open_engine(
+    model: str, rank: int, ranks: int, rendezvous: str, overrides: Sequence[str] = ()
+) -> tuple[Any, Any]:
+    """An initialised engine of `grpo_tiny_cpu` with `overrides`, and its actor configuration."""
     select(os.environ, cpu=True)
 
-    import torch
     import torch.distributed as dist
 
     from soundmind.train import compose_config
@@ -149,19 +168,14 @@ def main() -> None:
     require_loaded()
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.engine.base import EngineRegistry
-    from verl.workers.utils.losses import ppo_loss
 
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{arguments.rendezvous}",
-        rank=arguments.rank,
-        world_size=arguments.ranks,
-    )
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     config = compose_config(
         "grpo_tiny_cpu",
         [
-            f"actor_rollout_ref.model.path={arguments.model}",
+            f"actor_rollout_ref.model.path='{model}'",
             "actor_rollout_ref.actor.optim.total_training_steps=1",
+            *overrides,
         ],
     )
     model_config = omega_conf_to_dataclass(config.actor_rollout_ref.model)
@@ -175,6 +189,25 @@ def main() -> None:
         checkpoint_config=actor.checkpoint,
     )
     engine.initialize()
+    return engine, actor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--rendezvous", required=True)
+    parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    engine, actor = open_engine(
+        arguments.model, arguments.rank, arguments.ranks, arguments.rendezvous
+    )
+    import torch
+    import torch.distributed as dist
+    from verl.workers.utils.losses import ppo_loss
+
     results = {
         case: run_case(
             engine, partial(ppo_loss, config=actor), case, arguments.rank, arguments.ranks
