@@ -48,28 +48,33 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from soundmind import run_folder
+from soundmind import flops, run_folder
+from soundmind.parts import part_of
 from soundmind.policy import as_policy
+from soundmind.sizes import QWEN2_5_OMNI_3B, QWEN2_5_OMNI_7B, AudioSize, TextSize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET_MFU = 0.45  # below it the update is profiled
 FP32_PACKING_GAP = 1e-4  # nats; fp32 sums in another order
 BF16_PACKING_GAP = 0.05  # nats, mean; a neighbour that leaks in shows far above, see `packed`
-PRECISION_CORRELATION = 0.999  # of log-probabilities, bf16 against fp32
+PRECISION_CORRELATION = 0.995  # of log-probabilities, bf16 against fp32
 FRAMES_PER_SECOND = 100  # log-mel frames; four of them make one placeholder token
 CHUNK_ROWS = 1024  # rows of logits turned into log-probabilities at a time
 
-# Published dimensions: (text width, feed-forward, heads, KV heads, vocabulary), (tower width,
-# feed-forward, heads). `tiny` is this check's own.
-WIDTHS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "7b": ((3584, 18944, 28, 4, 152_064), (1280, 5120, 20)),
-    "3b": ((2048, 11008, 16, 2, 151_936), (1280, 5120, 20)),
-    "tiny": ((128, 384, 4, 2, 2_048), (128, 384, 4)),
+# Widths, heads and vocabulary; depth comes from the arguments. `tiny` is this check's own.
+WIDTHS: dict[str, tuple[TextSize, AudioSize]] = {
+    "7b": (QWEN2_5_OMNI_7B.text, QWEN2_5_OMNI_7B.audio),
+    "3b": (QWEN2_5_OMNI_3B.text, QWEN2_5_OMNI_3B.audio),
+    "tiny": (
+        TextSize(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=384, vocab=2048),
+        AudioSize(width=128, layers=2, heads=4, ffn=384, output=128),
+    ),
 }
 PLACEHOLDER, AUDIO_START, AUDIO_END = 151_646, 151_647, 151_648
 
@@ -100,28 +105,26 @@ def thinker_config(width: str, layers: int, audio_layers: int) -> Any:
     """The thinker's configuration at a published width; vision is as small as its class allows."""
     from transformers import Qwen2_5OmniThinkerConfig
 
-    (hidden, feed_forward, heads, kv_heads, vocabulary), (tower, tower_ff, tower_heads) = WIDTHS[
-        width
-    ]
-    half = hidden // heads // 2
+    text, audio = WIDTHS[width]
+    half = text.head_dim // 2
     temporal = half // 4  # published: 16 of 64
     tokens = {}
-    if vocabulary <= AUDIO_END:
+    if text.vocab <= AUDIO_END:
         tokens = {
-            "audio_token_index": vocabulary - 1,
-            "image_token_index": vocabulary - 4,
-            "video_token_index": vocabulary - 5,
-            "audio_start_token_id": vocabulary - 2,
-            "audio_end_token_id": vocabulary - 3,
+            "audio_token_index": text.vocab - 1,
+            "image_token_index": text.vocab - 4,
+            "video_token_index": text.vocab - 5,
+            "audio_start_token_id": text.vocab - 2,
+            "audio_end_token_id": text.vocab - 3,
         }
     return Qwen2_5OmniThinkerConfig(
         text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": feed_forward,
+            "vocab_size": text.vocab,
+            "hidden_size": text.hidden,
+            "intermediate_size": text.intermediate,
             "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1_000_000.0,
@@ -130,18 +133,18 @@ def thinker_config(width: str, layers: int, audio_layers: int) -> Any:
             "tie_word_embeddings": False,
         },
         audio_config={
-            "d_model": tower,
-            "encoder_ffn_dim": tower_ff,
-            "encoder_attention_heads": tower_heads,
+            "d_model": audio.width,
+            "encoder_ffn_dim": audio.ffn,
+            "encoder_attention_heads": audio.heads,
             "encoder_layers": audio_layers,
-            "output_dim": hidden,
+            "output_dim": text.hidden,
         },
         vision_config={
             "depth": 1,
             "hidden_size": 64,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": hidden,
+            "out_hidden_size": text.hidden,
             "fullatt_block_indexes": [0],
         },
         **tokens,
@@ -170,11 +173,6 @@ def set_attention(policy: Any, attention: str) -> None:
         part._attn_implementation = attention
 
 
-def audio_tokens(frames: int) -> int:
-    """Placeholder tokens of a clip of `frames` log-mel frames."""
-    return (((frames - 1) // 2 + 1) - 2) // 2 + 1
-
-
 @dataclass
 class Sequences:
     """Rows of one batch: token ids per row, where each answer starts, one clip a row or none."""
@@ -193,8 +191,17 @@ class Sequences:
         )
 
     @property
+    def lengths(self) -> list[int]:
+        return [row.numel() for row in self.rows]
+
+    @property
+    def frames(self) -> list[int]:
+        """Log-mel frames of each clip; empty without clips."""
+        return [] if self.masks is None else self.masks.sum(-1).tolist()
+
+    @property
     def num_tokens(self) -> int:
-        return sum(row.numel() for row in self.rows)
+        return sum(self.lengths)
 
 
 def make_sequences(
@@ -210,6 +217,8 @@ def make_sequences(
 ) -> Sequences:
     """`count` random rows: instruction, clip of `seconds` (0: none), answer; `ragged` varies lengths."""
     generator = torch.Generator().manual_seed(seed)
+    audio_size = flops.thinker_size(config).audio
+    placeholders = partial(flops.audio_tokens, audio_size)
     highest = min(PLACEHOLDER - 1000, config.text_config.vocab_size - 64)
     rows, starts, lengths = [], [], []
     for index in range(count):
@@ -220,7 +229,7 @@ def make_sequences(
             prompt = torch.cat(
                 [
                     torch.tensor([config.audio_start_token_id]),
-                    torch.full((audio_tokens(frames),), config.audio_token_id),
+                    torch.full((placeholders(frames),), config.audio_token_id),
                     torch.tensor([config.audio_end_token_id]),
                     prompt,
                 ]
@@ -283,7 +292,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         return logits.gather(-1, labels[:, None])[:, 0].float() - normalisers
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, labels, normalisers = ctx.saved_tensors
         logits = logits.detach()
         for start in range(0, logits.shape[0], CHUNK_ROWS):
@@ -488,6 +497,7 @@ class GpuCheck:
         self.device = torch.device(options.device)
         self.meter = Meter(self.device)
         self.config = thinker_config(options.width, options.layers, options.audio_layers)
+        self.size = flops.thinker_size(self.config)
         self.attention = options.attention or (
             "flash_attention_2" if self.device.type == "cuda" and has("flash_attn") else "sdpa"
         )
@@ -509,6 +519,17 @@ class GpuCheck:
         if self._trainer is None:
             self._trainer = Trainer(self.policy, learning_rate=1e-5)
         return self._trainer
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 operations a second that the maker promises; None for an unknown device."""
+        if self.device.type != "cuda":
+            return None
+        return flops.dense_peak(torch.cuda.get_device_name(self.device))
+
+    def mfu(self, operations: int, seconds: float) -> float | None:
+        """Share of the device's peak at `operations` (`soundmind.flops`) in `seconds`."""
+        return operations / seconds / self.peak_flops if self.peak_flops else None
 
     def release(self) -> None:
         self._policy = self._trainer = None
@@ -592,9 +613,11 @@ class GpuCheck:
             seconds, log_probs = self.meter.timed(lambda: answer_log_probs(self.policy, batch))
         require(bool(torch.isfinite(log_probs).all()), "log-probabilities are not finite")
         require(float(log_probs.max()) <= 0, "a log-probability is above 0")
+        operations = flops.forward_flops(self.size, batch.lengths, batch.frames)
         return {
             "ms": seconds * 1e3,
             "tokens": batch.num_tokens,
+            "mfu": self.mfu(operations, seconds),
             "mean_log_prob": float(log_probs.mean()),
             "peak_gb": self.meter.peak_gb(),
         }
@@ -618,12 +641,11 @@ class GpuCheck:
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the fp32 gradients of each part of the thinker."""
-        squares = {"language_model": 0.0, "audio_tower": 0.0}
+        squares = dict.fromkeys(("language_model", "projector", "audio_tower"), 0.0)
         names = [name for name, weight in self.policy.named_parameters() if weight.requires_grad]
         for name, master in zip(names, self.trainer.masters, strict=True):
-            part = "audio_tower" if name.startswith("audio_tower.") else "language_model"
             assert master.grad is not None
-            squares[part] += float(master.grad.square().sum())
+            squares[part_of(name)] += float(master.grad.square().sum())
         return {part: math.sqrt(square) for part, square in squares.items()}
 
     def optimizer_step(self) -> dict[str, Any]:
@@ -699,7 +721,7 @@ class GpuCheck:
             }
 
         with self.fp32_policy() as policy:
-            figures = compare(policy, "fp32_sdpa", FP32_PACKING_GAP, "max_gap")
+            figures: dict[str, Any] = compare(policy, "fp32_sdpa", FP32_PACKING_GAP, "max_gap")
         self.policy.eval()
         try:
             figures |= compare(self.policy, f"bf16_{self.attention}", BF16_PACKING_GAP, "mean_gap")
@@ -728,14 +750,12 @@ class GpuCheck:
         grpo_loss(log_probs, log_probs.numel()).backward()
         norms = self.gradient_norms()
         require(norms["language_model"] > 0, "a text-only batch gave no gradient")
-        require(
-            norms["audio_tower"] == 0.0,
-            f"the silent clip moved the audio tower: gradient norm {norms['audio_tower']:.2g}",
-        )
+        silent = norms["audio_tower"] + norms["projector"]
+        require(silent == 0.0, f"the silent clip moved the audio tower: gradient norm {silent:.2g}")
         return {
             "other_clip_mean_gap": change,
             "same_clip_mean_gap": noise,
-            "text_only_tower_gradient": norms["audio_tower"],
+            "text_only_tower_gradient": silent,
         }
 
     @torch.no_grad()
@@ -823,12 +843,17 @@ class GpuCheck:
             self.meter.free()
             return cell
         require(math.isfinite(norm), f"gradient norm {norm} at micro-batch {micro_batch}")
+        peak_gb = self.meter.peak_gb()
         optimizer, _ = self.meter.timed(trainer.step)
+        operations = flops.training_flops(self.size, batch.lengths, batch.frames, flops.Trained())
         cell |= {
             "seconds": seconds,
             "optimizer_seconds": optimizer,
             "tokens_per_s": batch.num_tokens / seconds,
-            "peak_gb": self.meter.peak_gb(),
+            "tflop": operations / 1e12,
+            "mfu": self.mfu(operations, seconds),
+            "mfu_without_optimizer": self.mfu(operations, seconds - optimizer),
+            "peak_gb": peak_gb,
         }
         return cell
 

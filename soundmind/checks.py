@@ -18,6 +18,11 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from soundmind import parts
+from soundmind.model_folder import weight_faults
+from soundmind.run_folder import RunFolder
+from soundmind.sizes import PUBLISHED, SizeError, model_size
+
 VERL_VERSION = "0.9.1"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -48,14 +53,20 @@ def find_problems(config: DictConfig) -> Iterator[str]:
         reward_keys,
         reward_settings,
         device,
+        cluster,
         group_size,
         batch_sizes,
+        micro_batches,
+        tensor_parallel,
         lengths,
+        lora_targets,
+        resume,
         data_files,
     ):
         yield from check(config)
     model_problems = list(model_folder(config))
     yield from model_problems
+    yield from parts.find_problems(config)
     if not model_problems:
         yield from processor_and_prompts(config)
 
@@ -122,20 +133,41 @@ def device(config: DictConfig) -> Iterator[str]:
         return
     from soundmind.run_folder import gpu_names
 
-    gpus = gpu_names()
     if OmegaConf.select(config, "ray_kwargs.ray_init.address"):
         return  # the GPUs are the cluster's, not this machine's
+    gpus = gpu_names()
     if not gpus:
         yield (
-            f"the configuration wants {ranks} GPUs and this machine shows none (nvidia-smi). "
-            f"Without a "
-            "GPU train the stand-in: CONFIG=grpo_tiny_cpu bash main_grpo.sh"
+            f"the configuration wants {ranks} GPU{'s' * (ranks > 1)} and this machine shows none "
+            "(nvidia-smi). "
+            "Without a GPU train the stand-in: CONFIG=grpo_tiny_cpu bash main_grpo.sh"
         )
     elif len(gpus) < ranks:
         yield (
             f"trainer.n_gpus_per_node={ranks} and this machine has {len(gpus)}; set "
             f"trainer.n_gpus_per_node={len(gpus)}"
         )
+
+
+def cluster(config: DictConfig) -> Iterator[str]:
+    """Several machines need a running Ray cluster, which brings its own processors and GPUs."""
+    init = config.ray_kwargs.ray_init
+    address, nodes = init.get("address"), config.trainer.nnodes
+    if nodes > 1 and not address:
+        yield (
+            f"trainer.nnodes={nodes} without ray_kwargs.ray_init.address: Ray would start on this "
+            "machine alone and wait for the others. Start a cluster (`ray start --head` here, "
+            "`ray start --address=<this machine>:6379` on the others), then set "
+            "+ray_kwargs.ray_init.address=auto"
+        )
+    if address and address != "local":
+        given = [name for name in ("num_cpus", "num_gpus") if init.get(name) is not None]
+        if given:
+            yield (
+                f"ray_kwargs.ray_init.address={address} joins a cluster that has its own count of "
+                f"processors and GPUs, and Ray refuses {' and '.join(given)} beside it; set "
+                + " ".join(f"ray_kwargs.ray_init.{name}=null" for name in given)
+            )
 
 
 def group_size(config: DictConfig) -> Iterator[str]:
@@ -185,15 +217,70 @@ def batch_sizes(config: DictConfig) -> Iterator[str]:
             "set actor.ppo_micro_batch_size_per_gpu, or actor.use_dynamic_bsz=True with "
             "actor.ppo_max_token_len_per_gpu; verl reads no other form"
         )
-    tensor_parallel = rollout.tensor_model_parallel_size
-    if gpus % tensor_parallel:
-        yield f"rollout.tensor_model_parallel_size={tensor_parallel} does not divide {gpus} GPUs"
+
+
+def micro_batches(config: DictConfig) -> Iterator[str]:
+    """Log-probabilities are computed in micro-batches too: of the actor, and of the reference."""
+    actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
+    rollout = config.actor_rollout_ref.rollout
+    if actor.use_dynamic_bsz != rollout.log_prob_use_dynamic_bsz:
+        yield (
+            f"actor.use_dynamic_bsz={actor.use_dynamic_bsz} and rollout.log_prob_use_dynamic_bsz="
+            f"{rollout.log_prob_use_dynamic_bsz}: verl asserts that they are the same"
+        )
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    responses = config.data.train_batch_size * rollout.n
+    sides = [("rollout", rollout)]
+    # With LoRA the reference is the actor without its adapter, in the actor's micro-batches.
+    if config.actor_rollout_ref.model.lora_rank == 0 and _needs_reference(config):
+        sides.append(("ref", ref))
+    for name, side in sides:
+        key = f"actor_rollout_ref.{name}.log_prob_micro_batch_size_per_gpu"
+        micro = side.log_prob_micro_batch_size_per_gpu
+        if side.log_prob_use_dynamic_bsz:
+            continue
+        if not micro:
+            yield f"set {key}, or actor.use_dynamic_bsz=True; verl reads no other form"
+        elif responses % ranks == 0 and responses // ranks % micro:
+            works = _nearest(micro, lambda value: responses // ranks % value == 0)
+            yield (
+                f"{key}={micro} does not divide the {responses // ranks} responses of a rank "
+                f"({responses} over {ranks}); nearest that work: {works}"
+            )
+
+
+def _needs_reference(config: DictConfig) -> bool:
+    return bool(config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss)
+
+
+def tensor_parallel(config: DictConfig) -> Iterator[str]:
+    """A rollout replica lies within a node, and its GPUs share out the attention heads."""
+    split = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
+    per_node = config.trainer.n_gpus_per_node
+    if per_node % split:
+        yield (
+            f"{key}={split} does not divide the {per_node} GPUs of a node; nearest that work: "
+            f"{_nearest(split, lambda value: per_node % value == 0)}"
+        )
+    if split == 1:
+        return
+    try:
+        text = model_size(str(config.actor_rollout_ref.model.path)).text
+    except SizeError as error:
+        yield f"{key}={split} cannot be checked against the model's heads: {error}"
+        return
+    if text.heads % split or max(text.kv_heads, split) % min(text.kv_heads, split):
+        yield (
+            f"{key}={split} does not share out {text.heads} attention heads and {text.kv_heads} "
+            f"key/value heads; use 1, which a 7B fits"
+        )
 
 
 def _nearest(value: int, works: Callable[[int], bool]) -> str:
     """The closest values below and above that satisfy `works`, as text."""
     below = next((v for v in range(value, 0, -1) if works(v)), None)
-    above = next(v for v in range(value + 1, value * 2 + 4097) if works(v))
+    above = next((v for v in range(value + 1, value * 2 + 4097) if works(v)), None)
     return " or ".join(str(v) for v in (below, above) if v)
 
 
@@ -207,12 +294,104 @@ def lengths(config: DictConfig) -> Iterator[str]:
             f"rollout.max_model_len={rollout.max_model_len} is below max_prompt_length + "
             f"max_response_length = {total}; set it to at least {total}"
         )
+    ref = config.actor_rollout_ref.ref
     for key, budget in (
         ("actor.ppo_max_token_len_per_gpu", actor.ppo_max_token_len_per_gpu),
         ("rollout.log_prob_max_token_len_per_gpu", rollout.log_prob_max_token_len_per_gpu),
+        ("ref.log_prob_max_token_len_per_gpu", ref.log_prob_max_token_len_per_gpu),
     ):
         if actor.use_dynamic_bsz and budget < total:
-            yield f"{key}={budget} is below one sequence of {total} tokens; raise it"
+            yield (
+                f"actor_rollout_ref.{key}={budget} is below one sequence of {total} tokens; set it "
+                f"to at least {total}"
+            )
+
+
+# Linear layers of the audio tower, by their names in the thinker.
+AUDIO_TOWER_LINEARS = (
+    *(f"audio_tower.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+    "audio_tower.layers.0.self_attn.out_proj",
+    "audio_tower.layers.0.fc1",
+    "audio_tower.layers.0.fc2",
+    "audio_tower.proj",
+)
+LANGUAGE_MODEL_LINEAR = "model.layers.0.self_attn.q_proj"
+
+
+def lora_targets(config: DictConfig) -> Iterator[str]:
+    """A LoRA adapter stays in the language model; vLLM could not take one in the audio tower."""
+    model = config.actor_rollout_ref.model
+    if OmegaConf.select(model, "lora.rank"):
+        yield (
+            f"actor_rollout_ref.model.lora.rank={model.lora.rank} is the key of verl's Megatron "
+            "engine and makes no adapter here; set actor_rollout_ref.model.lora_rank"
+        )
+    if model.lora_rank == 0:
+        return
+    targets = parts.language_model_targets(
+        OmegaConf.to_container(model.target_modules)
+        if isinstance(model.target_modules, ListConfig)
+        else model.target_modules
+    )
+    key = "actor_rollout_ref.model.target_modules"
+    try:
+        reached = [name for name in AUDIO_TOWER_LINEARS if re.fullmatch(targets, name)]
+    except re.error as error:
+        yield f"{key}={targets!r} is no regular expression: {error}"
+        return
+    if reached:
+        yield (
+            f"{key}={targets!r} reaches into the audio tower ({reached[0]}); PEFT matches the whole "
+            "name, so open it with model\\.layers\\. or use all-linear"
+        )
+
+
+def resume(config: DictConfig) -> Iterator[str]:
+    """A checkpoint that is named is complete and was written by as many ranks as will read it."""
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if config.trainer.resume_mode == "resume_path":
+        key, step = "trainer.resume_from_path", config.trainer.resume_from_path
+        if not step or not Path(step).is_dir():
+            yield f"{key}={step}: no such folder; name a .../checkpoints/global_step_N"
+            return
+        yield from (f"{key}: {fault}" for fault in checkpoint_faults(Path(step), ranks))
+    named = str(config.run.resume)
+    if named not in ("auto", "new") and (run := Path(named)).is_dir():
+        last = RunFolder(run, resumed=True).last_checkpoint()
+        if last is not None:
+            step = run / "checkpoints" / f"global_step_{last}"
+            yield from (f"run.resume: {fault}" for fault in checkpoint_faults(step, ranks))
+
+
+def checkpoint_faults(step: Path, ranks: int) -> list[str]:
+    """Why `ranks` processes cannot continue from the folder `step` (global_step_N), if they cannot.
+
+    verl writes one file of weights a rank, named after the number of ranks, and reads no other
+    number.
+    """
+    shards = (step / "actor").glob("model_world_size_*_rank_*.pt")
+    worlds = {int(path.name.split("_")[3]) for path in shards}
+    if not worlds:
+        return [f"{step} holds no checkpoint of the actor; name an earlier global_step_N"]
+    world = max(worlds)
+    if ranks not in worlds:
+        return [
+            f"{step} was written by {world} ranks and trainer.nnodes x trainer.n_gpus_per_node is "
+            f"{ranks}: verl's checkpoints are bound to the number. Train on {world} again, or start "
+            f"from its weights: python -m soundmind.export {step.parent.parent}"
+        ]
+    missing = [
+        name
+        for kind in ("model", "optim", "extra_state")
+        for rank in range(ranks)
+        if not (step / "actor" / (name := f"{kind}_world_size_{ranks}_rank_{rank}.pt")).is_file()
+    ]
+    if missing:
+        return [
+            f"{step / 'actor'} is incomplete: {len(missing)} files are missing, first {missing[0]}; "
+            "name an earlier global_step_N"
+        ]
+    return []
 
 
 def data_files(config: DictConfig) -> Iterator[str]:
@@ -240,20 +419,26 @@ def model_folder(config: DictConfig) -> Iterator[str]:
     """The model is a complete local folder, or plainly a Hub id."""
     path = str(config.actor_rollout_ref.model.path)
     folder = Path(path).expanduser()
+    again = f"make it again with: {model_command(config)}"
     if folder.is_dir():
         for name in ("config.json", "tokenizer_config.json"):
             if not (folder / name).is_file():
-                yield f"{path} has no {name}; a complete Qwen2.5-Omni folder is needed"
-        if not any(folder.glob("*.safetensors")):
-            yield f"{path} has no *.safetensors weights"
+                yield f"{path} has no {name}; a complete Qwen2.5-Omni folder is needed, {again}"
+        for fault in weight_faults(folder):
+            yield f"actor_rollout_ref.model.path: {fault}; {again}"
         return
     if HUB_ID.fullmatch(path) and not Path(path.split("/")[0]).exists():
         return  # fetched from the Hub by the processes that load it
+    yield f"actor_rollout_ref.model.path: {path} not found. Make it with: {model_command(config)}"
+
+
+def model_command(config: DictConfig) -> str:
+    """The command that brings the model folder of `config`."""
     if config.run.prepare == "practice":
-        command = "python -m soundmind.prepare --config-name grpo_tiny_cpu"
-    else:
-        command = f"hf download Qwen/Qwen2.5-Omni-7B --local-dir {path}"
-    yield f"actor_rollout_ref.model.path: {path} not found. Make it with: {command}"
+        return "python -m soundmind.prepare --config-name grpo_tiny_cpu"
+    path = Path(str(config.actor_rollout_ref.model.path))
+    name = path.name if path.name in PUBLISHED else "Qwen2.5-Omni-7B"
+    return f"hf download Qwen/{name} --local-dir {path}"
 
 
 def processor_and_prompts(config: DictConfig) -> Iterator[str]:

@@ -2,16 +2,16 @@
 
     python -m soundmind.train --config-name grpo_tiny_cpu
     python -m soundmind.train --config-name grpo_7b_8gpu actor_rollout_ref.rollout.n=8
-    python -m soundmind.train --config-name grpo_7b_8gpu --check                         # checks
-    only
+    python -m soundmind.train --config-name grpo_7b_8gpu modality=text --dry-run
 
 Reads   configs/<name>.yaml, composed over verl's `ppo_trainer`, and the files it points at
 Writes  outputs/<name>/<timestamp>/ (see soundmind.run_folder); the last line printed is `run:
 <folder>`
 
 An interrupted run of the same configuration is continued from its last checkpoint; `run.resume=new`
-starts another one. Nothing heavy starts before every check has passed. Exit status 2: a check
-failed.
+starts another one. Nothing heavy starts before every check has passed; `--dry-run` does all of that,
+prints what would be trained and where it would go, and starts and writes nothing. Exit status 2: a
+check failed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,11 @@ def place_run(config: DictConfig, folder: RunFolder, attempt: int, ray_dir: Path
         if folder.last_checkpoint() is not None:
             # The interrupted run has validated its start already.
             config.trainer.val_before_train = False
-        if not config.ray_kwargs.ray_init.get("address"):
+        if config.ray_kwargs.ray_init.get("address"):
+            # `ray start` declared what the cluster has; Ray refuses to be told again.
+            config.ray_kwargs.ray_init.num_cpus = None
+            config.ray_kwargs.ray_init.num_gpus = None
+        else:
             config.ray_kwargs.ray_init._temp_dir = str(ray_dir)
     (path / "logs").mkdir(exist_ok=True)
     return {
@@ -145,9 +151,129 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def verl_problems(config: DictConfig) -> Iterator[str]:
+    """What verl would refuse once its processes run: its own checks, and every settings class.
+
+    Builds what the workers build from the configuration (actor, reference, rollout, algorithm and,
+    where the model is a local folder, both model configs with tokenizer and processor) and no
+    weights. `config` is left as it is.
+    """
+    from soundmind.verl_ext.plugin import require_loaded
+
+    require_loaded()
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.workers.config.model import HFModelConfig
+
+    config = config.copy()
+    parts = config.actor_rollout_ref
+
+    def validate() -> None:
+        validate_config(
+            config=config,
+            use_reference_policy=need_reference_policy(config),
+            use_critic=need_critic(config),
+        )
+
+    steps: list[tuple[str, Callable[[], Any]]] = [
+        ("verl's validate_config", validate),
+        ("algorithm", lambda: omega_conf_to_dataclass(config.algorithm)),
+        ("actor_rollout_ref.actor", lambda: omega_conf_to_dataclass(parts.actor)),
+        ("actor_rollout_ref.ref", lambda: omega_conf_to_dataclass(_reference(config))),
+        ("actor_rollout_ref.rollout", lambda: omega_conf_to_dataclass(parts.rollout)),
+    ]
+    if Path(str(parts.model.path)).expanduser().is_dir():
+        # The trainer's class, and the plain one that verl's vLLM server builds from the same keys.
+        for built in (None, HFModelConfig):
+            model = partial(omega_conf_to_dataclass, parts.model, dataclass_type=built)
+            steps.append(("actor_rollout_ref.model", model))
+    for name, build in steps:
+        try:
+            with warnings.catch_warnings():
+                # The server's class cannot make this model's processor; ours has, just before.
+                warnings.filterwarnings("ignore", message="Failed to create processor")
+                warnings.filterwarnings("ignore", message=".* engine is not available")
+                build()
+        except Exception as error:  # whatever a settings class raises is a problem to report
+            yield f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _reference(config: DictConfig) -> DictConfig:
+    """The reference's settings under the names of an actor's, as verl's worker renames them."""
+    reference = config.actor_rollout_ref.ref.copy()
+    with open_dict(reference):
+        reference.ppo_mini_batch_size = config.actor_rollout_ref.actor.ppo_mini_batch_size
+        for ours, theirs in (
+            ("ppo_micro_batch_size", "log_prob_micro_batch_size"),
+            ("ppo_micro_batch_size_per_gpu", "log_prob_micro_batch_size_per_gpu"),
+            ("use_dynamic_bsz", "log_prob_use_dynamic_bsz"),
+            ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu"),
+        ):
+            reference[ours] = reference.pop(theirs, None)
+    return reference
+
+
+def require(config: DictConfig) -> None:
+    """Raise `checks.CheckError` with every problem that shows before Ray starts."""
+    from soundmind import checks
+
+    problems = [*checks.find_problems(config), *verl_problems(config)]
+    if problems:
+        raise checks.CheckError(problems)
+
+
+def dry_run(config: DictConfig, name: str) -> str:
+    """Everything up to the start of Ray; returns what would be trained and where it would go.
+
+    Raises `checks.CheckError` like `train`. Starts no process and writes no file.
+    """
+    from soundmind import parts
+
+    selection.select(os.environ, cpu=config.run.device == "cpu")
+    require(config)
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    prompts, responses = config.data.train_batch_size, config.data.train_batch_size * rollout.n
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    folder = Path(str(model.path)).expanduser()
+    lines = [
+        f"{name}: all checks passed, nothing was started",
+        "",
+        f"algorithm  {config.algorithm.adv_estimator}, {prompts} prompts x {rollout.n} responses = "
+        f"{responses} a step, {config.actor_rollout_ref.actor.ppo_mini_batch_size} prompts an update",
+        f"ranks      {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} = {ranks}",
+        f"train      {_listed(config.data.train_files)}",
+        f"validate   {_listed(config.data.val_files)}",
+        f"model      {model.path}",
+        f"output     {_destination(config, name)}",
+    ]
+    if folder.is_dir():
+        targets = model.target_modules
+        targets = OmegaConf.to_container(targets) if OmegaConf.is_config(targets) else targets
+        lines += ["", parts.table(folder, config.train, model.lora_rank, targets)]
+    return "\n".join(lines)
+
+
+def _listed(files: Any) -> str:
+    return ", ".join(files) if OmegaConf.is_list(files) else str(files)
+
+
+def _destination(config: DictConfig, name: str) -> str:
+    """Where `train` would write now, in words."""
+    if config.run.resume not in ("auto", "new"):
+        return f"{config.run.resume} (continued)"
+    parent = Path(config.run.root) / name
+    found = run_folder.unfinished(parent, run_folder.config_fingerprint(config))
+    if found and config.run.resume == "auto":
+        step = RunFolder(found[0], resumed=True).last_checkpoint() or 0
+        return f"{found[0]} (continued from step {step})"
+    return f"{parent}/<timestamp> (new)"
+
+
 def run_training(config: DictConfig, environment: dict[str, str]) -> None:
-    """Run verl's V1 trainer to its end on a Ray cluster of its own, or the one that is "
-    "configured."""
+    """Run verl's V1 trainer to its end on a Ray cluster of its own, or on the configured one.
+
+    `config` has passed `require`; `environment` reaches every process of the run.
+    """
     # Composing the configuration has imported verl already; the plugin comes before verl's trainer,
     # which asks for the platform at import.
     from soundmind.verl_ext.plugin import require_loaded
@@ -155,18 +281,11 @@ def run_training(config: DictConfig, environment: dict[str, str]) -> None:
     require_loaded()
     import ray
     from verl.trainer.main_ppo import run_ppo
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
     from soundmind.verl_ext.trainer import task_runner
 
     auto_set_device(config)
-    validate_config(
-        config=config,
-        use_reference_policy=need_reference_policy(config),
-        use_critic=need_critic(config),
-    )
     with open_dict(config):
         runtime = config.ray_kwargs.ray_init.setdefault("runtime_env", {})
         runtime.env_vars = {**(runtime.get("env_vars") or {}), **environment}
@@ -181,10 +300,10 @@ def run_training(config: DictConfig, environment: dict[str, str]) -> None:
 
 def train(config: DictConfig, name: str) -> Path:
     """Train `config` in a new or continued run folder; returns the folder."""
-    from soundmind import checks, report
+    from soundmind import report
 
     environment = selection.select(os.environ, cpu=config.run.device == "cpu")
-    checks.require(config)
+    require(config)
     fingerprint = run_folder.config_fingerprint(config)
     folder = RunFolder.open(Path(config.run.root), name, fingerprint, config.run.resume)
     folder.prune_checkpoints(config.trainer.max_actor_ckpt_to_keep)
@@ -215,17 +334,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config-name", required=True, help="an experiment in --config-dir")
     parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR)
-    parser.add_argument("--check", action="store_true", help="check the configuration, then stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="everything up to the start of Ray, then stop"
+    )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     arguments = parser.parse_args(argv)
     from soundmind import checks
 
     try:
         config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
-        if arguments.check:
-            selection.select(os.environ, cpu=config.run.device == "cpu")
-            checks.require(config)
-            print(f"{arguments.config_name}: all checks passed")
+        if arguments.dry_run:
+            print(dry_run(config, arguments.config_name))
             return 0
         folder = train(config, arguments.config_name)
     except (ConfigError, checks.CheckError, run_folder.RunFolderError) as error:
