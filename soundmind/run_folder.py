@@ -25,7 +25,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+from soundmind import checkpoints
 
 # Packages whose version can move a number.
 RECORDED_PACKAGES = (
@@ -105,29 +106,17 @@ class RunFolder:
 
     def last_checkpoint(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
-        marker = self.path / "checkpoints" / "latest_checkpointed_iteration.txt"
-        if not marker.exists():
-            return None
-        step = int(marker.read_text().strip())
-        return step if (self.path / "checkpoints" / f"global_step_{step}").is_dir() else None
+        return checkpoints.newest(self.path / "checkpoints")
 
     def prune_checkpoints(self, keep: int | None) -> None:
-        """Remove all but the newest `keep` checkpoints, and folders that verl has emptied.
+        """Remove all but the newest `keep` complete checkpoints, and let verl go on from the last.
 
-        verl forgets, when it is started again, which checkpoints an earlier launch wrote.
+        Incomplete ones are passed over.
         """
-        last = self.last_checkpoint()
-        if not keep or last is None:
-            return
-        steps = {
-            int(path.name.removeprefix("global_step_")): path
-            for path in (self.path / "checkpoints").glob("global_step_*")
-        }
-        complete = sorted(step for step, path in steps.items() if (path / "actor").is_dir())
-        kept = [step for step in complete if step <= last][-keep:]
-        for step, path in steps.items():
-            if step <= last and step not in kept:
-                shutil.rmtree(path)
+        root = self.path / "checkpoints"
+        if root.is_dir():
+            checkpoints.prune(root, keep)
+            checkpoints.track(root)
 
     def attempts(self) -> list[dict[str, Any]]:
         """One entry per launch: when it started and the last sign of life."""
@@ -181,6 +170,8 @@ def config_fingerprint(config: DictConfig) -> str:
     plain = json.loads(json.dumps(OmegaConf.to_container(config, resolve=True), default=str))
     for name in ("resume", "dir", "metrics_path", "export"):
         plain.get("run", {}).pop(name, None)
+    # Which cluster it runs on: the next job's head node has another address.
+    plain.pop("ray_kwargs", None)
     text = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
