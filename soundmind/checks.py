@@ -18,9 +18,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from soundmind import parts
+from soundmind import checkpoints, parts
 from soundmind.model_folder import weight_faults
-from soundmind.run_folder import RunFolder
 from soundmind.sizes import PUBLISHED, SizeError, model_size
 
 VERL_VERSION = "0.9.1"
@@ -158,7 +157,7 @@ def cluster(config: DictConfig) -> Iterator[str]:
             f"trainer.nnodes={nodes} without ray_kwargs.ray_init.address: Ray would start on this "
             "machine alone and wait for the others. Start a cluster (`ray start --head` here, "
             "`ray start --address=<this machine>:6379` on the others), then set "
-            "+ray_kwargs.ray_init.address=auto"
+            "ray_kwargs.ray_init.address=auto"
         )
     if address and address != "local":
         given = [name for name in ("num_cpus", "num_gpus") if init.get(name) is not None]
@@ -347,50 +346,47 @@ def lora_targets(config: DictConfig) -> Iterator[str]:
 
 
 def resume(config: DictConfig) -> Iterator[str]:
-    """A checkpoint that is named is complete and was written by as many ranks as will read it."""
-    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    """A checkpoint that is named is complete, of this base, and of as many ranks as will read it."""
     if config.trainer.resume_mode == "resume_path":
         key, step = "trainer.resume_from_path", config.trainer.resume_from_path
         if not step or not Path(step).is_dir():
             yield f"{key}={step}: no such folder; name a .../checkpoints/global_step_N"
             return
-        yield from (f"{key}: {fault}" for fault in checkpoint_faults(Path(step), ranks))
+        yield from (f"{key}: {fault}" for fault in checkpoint_faults(Path(step), config))
     named = str(config.run.resume)
-    if named not in ("auto", "new") and (run := Path(named)).is_dir():
-        last = RunFolder(run, resumed=True).last_checkpoint()
+    if named not in ("auto", "new"):
+        last = checkpoints.newest(Path(named) / "checkpoints")
         if last is not None:
-            step = run / "checkpoints" / f"global_step_{last}"
-            yield from (f"run.resume: {fault}" for fault in checkpoint_faults(step, ranks))
+            step = Path(named) / "checkpoints" / f"global_step_{last}"
+            yield from (f"run.resume: {fault}" for fault in checkpoint_faults(step, config))
 
 
-def checkpoint_faults(step: Path, ranks: int) -> list[str]:
-    """Why `ranks` processes cannot continue from the folder `step` (global_step_N), if they cannot.
+def checkpoint_faults(step: Path, config: DictConfig) -> list[str]:
+    """Why `config` cannot continue from the folder `step` (global_step_N); empty if it can.
 
     verl writes one file of weights a rank, named after the number of ranks, and reads no other
     number.
     """
+    if faults := checkpoints.faults(step):
+        return [f"{fault}; name an earlier global_step_N" for fault in faults]
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     shards = (step / "actor").glob("model_world_size_*_rank_*.pt")
     worlds = {int(path.name.split("_")[3]) for path in shards}
-    if not worlds:
-        return [f"{step} holds no checkpoint of the actor; name an earlier global_step_N"]
-    world = max(worlds)
     if ranks not in worlds:
         return [
-            f"{step} was written by {world} ranks and trainer.nnodes x trainer.n_gpus_per_node is "
-            f"{ranks}: verl's checkpoints are bound to the number. Train on {world} again, or start "
-            f"from its weights: python -m soundmind.export {step.parent.parent}"
+            f"{step} was written by {max(worlds, default=0)} ranks and trainer.nnodes x "
+            f"trainer.n_gpus_per_node is {ranks}; verl's checkpoints are bound to the number. Train "
+            "on as many again, or start a new run from its weights: python -m soundmind.export "
+            f"{step.parent.parent}"
         ]
-    missing = [
-        name
-        for kind in ("model", "optim", "extra_state")
-        for rank in range(ranks)
-        if not (step / "actor" / (name := f"{kind}_world_size_{ranks}_rank_{rank}.pt")).is_file()
-    ]
-    if missing:
-        return [
-            f"{step / 'actor'} is incomplete: {len(missing)} files are missing, first {missing[0]}; "
-            "name an earlier global_step_N"
-        ]
+    base, recorded = Path(str(config.actor_rollout_ref.model.path)), checkpoints.recorded_base(step)
+    if recorded and base.is_dir() and not weight_faults(base):
+        found = checkpoints.fingerprint(base)
+        if found != recorded:
+            return [
+                f"{step} was trained from another base than {base} (fingerprint {recorded}, here "
+                f"{found}); set actor_rollout_ref.model.path to the folder it was trained from"
+            ]
     return []
 
 
