@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from processes import REPOSITORY
 
+from soundmind import checkpoints
 from soundmind.run_folder import (
     RunFolder,
     RunFolderError,
@@ -88,28 +89,36 @@ def test_new_never_continues(tmp_path: Path) -> None:
     assert RunFolder.open(tmp_path, "tiny", "abc", "new").path != first.path
 
 
+def write_checkpoint(root: Path, step: int) -> Path:
+    """A checkpoint of one rank, published as the trainer does it."""
+    actor = root / checkpoints.WRITING / f"global_step_{step}" / "actor"
+    actor.mkdir(parents=True)
+    (actor / "fsdp_config.json").write_text('{"world_size": 1}')
+    (actor / "model_world_size_1_rank_0.pt").write_bytes(b"weights")
+    return checkpoints.publish(root, step, base=None)
+
+
 def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path, "tiny", "abc")
-    checkpoints = folder.path / "checkpoints"
-    checkpoints.mkdir()
+    root = folder.path / "checkpoints"
     assert folder.last_checkpoint() is None
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("10")
+    (root / "global_step_10" / "actor").mkdir(parents=True)
+    (root / "latest_checkpointed_iteration.txt").write_text("10")
     assert folder.last_checkpoint() is None
-    (checkpoints / "global_step_10").mkdir()
+    write_checkpoint(root, 10)
     assert folder.last_checkpoint() == 10
 
 
 def test_pruning_keeps_the_newest_complete_checkpoints(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path, "tiny", "abc")
-    checkpoints = folder.path / "checkpoints"
-    for step in (1, 2, 3, 4):
-        (checkpoints / f"global_step_{step}" / "actor").mkdir(parents=True)
-    (checkpoints / "global_step_2" / "actor").rmdir()  # emptied by verl
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+    root = folder.path / "checkpoints"
+    for step in (1, 2, 3):
+        write_checkpoint(root, step)
+    (root / "global_step_4" / "actor").mkdir(parents=True)  # copied in part
     folder.prune_checkpoints(1)
-    left = sorted(path.name for path in checkpoints.glob("global_step_*"))
-    # Step 4 is being written: the marker does not name it yet.
+    left = sorted(path.name for path in root.glob("global_step_*"))
     assert left == ["global_step_3", "global_step_4"]
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 def test_the_seconds_of_a_killed_attempt_end_at_its_last_metrics(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ Added to `PPOTrainerSync`, nothing replaced:
   rate, and counts of rewards that raised and of sessions that failed (verl drops those without a
   word);
 * the same components, row id and finish reason in every dumped rollout;
-* a step's checkpoint is written after its metrics and rollouts, so that a kill loses neither;
+* a step's checkpoint is written after its metrics and rollouts, so that a kill loses neither, and
+  it is complete or absent under its name (`soundmind.checkpoints`);
 * `metrics.jsonl`: one line a step, appended, so that a resumed run keeps its history
   (verl's own file logger starts its file anew);
 * the rollout buffer is polled every `run.poll_interval_seconds`, not every two seconds.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -33,6 +35,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
+from soundmind import checkpoints
 from soundmind.verl_ext.agent_loop import ROW
 from soundmind.verl_ext.feature_store import clear_spent
 from soundmind.verl_ext.plugin import require_loaded
@@ -208,7 +211,28 @@ class SoundMindTrainer(PPOTrainerSync):
             for future in self._dump_futures:
                 future.result()
             with marked_timer("save_checkpoint", timing_raw, color="green"):
-                super()._save_checkpoint()
+                self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        """verl's checkpoint, written aside and moved to its name when it is complete."""
+        trainer = self.config.trainer
+        root = Path(trainer.default_local_dir)
+        shutil.rmtree(root / checkpoints.WRITING, ignore_errors=True)
+        keep = trainer.get("max_actor_ckpt_to_keep")
+        # verl would remove an older checkpoint before the new one is there.
+        aside = {"default_local_dir": str(root / checkpoints.WRITING)}
+        aside |= {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None}
+        before = {name: trainer.get(name) for name in aside}
+        with open_dict(self.config):
+            trainer.update(aside)
+        try:
+            super()._save_checkpoint()
+        finally:
+            with open_dict(self.config):
+                trainer.update(before)
+        base = Path(str(self.config.actor_rollout_ref.model.path)).expanduser()
+        checkpoints.publish(root, self.global_steps, base)
+        checkpoints.prune(root, keep)
 
     def _dump_generations(
         self, *args: Any, reward_extra_infos_dict: dict[str, list[Any]], **kwargs: Any
