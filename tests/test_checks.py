@@ -98,6 +98,20 @@ def test_a_missing_model_names_the_command_that_makes_it(overrides: list[str]) -
     assert "python -m soundmind.prepare" in found[0]
 
 
+def test_the_published_mini_batch_does_not_divide_over_8_ranks() -> None:
+    """The authors' own values: 2 prompts x 2 responses over 8 GPUs; 4 prompts work."""
+    mini = "actor_rollout_ref.actor.ppo_mini_batch_size"
+    published = problems([], f"{mini}=2", name="grpo_7b_8gpu")
+    assert any(
+        "ppo_mini_batch_size=2 x rollout.n=2 = 4 responses do not divide over 8 ranks" in problem
+        and problem.endswith("that work: 4")
+        for problem in published
+    ), published
+    assert not any(mini in problem for problem in problems([], f"{mini}=4", name="grpo_7b_8gpu"))
+    half = problems([], f"{mini}=2", "trainer.n_gpus_per_node=4", name="grpo_7b_8gpu")
+    assert not any("do not divide" in problem for problem in half), half
+
+
 def test_micro_batches_of_log_probabilities_divide_the_responses_of_a_rank() -> None:
     """verl asserts on it inside the worker, after model and engine have been loaded."""
     key = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"

@@ -242,3 +242,12 @@ def test_an_unknown_modality_lists_those_that_exist() -> None:
 def test_an_unknown_configuration_lists_those_that_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there are: .*grpo_tiny_cpu"):
         compose_config("grpo_13b")
+
+
+def test_every_test_that_the_fidelity_page_names_exists() -> None:
+    page = (REPOSITORY / "docs/fidelity.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 40
+    for file, test in named:
+        source = (REPOSITORY / "tests" / file).read_text()
+        assert re.search(rf"^(async )?def {test}\(", source, re.MULTILINE), f"{file}::{test}"
