@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import importlib.util
 import json
@@ -47,7 +48,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ WIDTHS: dict[str, tuple[TextSize, AudioSize]] = {
         AudioSize(width=128, layers=2, heads=4, ffn=384, output=128),
     ),
 }
-PLACEHOLDER, AUDIO_START, AUDIO_END = 151_646, 151_647, 151_648
+AUDIO_TOKEN, AUDIO_END = 151_646, 151_648  # published ids; a small vocabulary gets its own
 
 
 @dataclass
@@ -101,11 +102,15 @@ class CheckFailed(Exception):
 # --- model and batches ----------------------------------------------------------------------------
 
 
-def thinker_config(width: str, layers: int, audio_layers: int) -> Any:
+def thinker_config(
+    width: str, layers: int, audio_layers: int, vocabulary: int | None = None
+) -> Any:
     """The thinker's configuration at a published width; vision is as small as its class allows."""
     from transformers import Qwen2_5OmniThinkerConfig
 
     text, audio = WIDTHS[width]
+    if vocabulary is not None:
+        text = replace(text, vocab=vocabulary)
     half = text.head_dim // 2
     temporal = half // 4  # published: 16 of 64
     tokens = {}
@@ -160,17 +165,13 @@ def build_policy(
     torch.manual_seed(seed)
     with torch.device(device):
         thinker = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation=attention
+            # A copy: the attention is written into it, and every layer reads it from there.
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=attention,
         )
     del thinker.visual
     return as_policy(thinker).train()
-
-
-def set_attention(policy: Any, attention: str) -> None:
-    """Switch text model and audio tower to another attention implementation."""
-    policy.set_attn_implementation(attention)
-    for part in (policy.config.text_config, policy.config.audio_config):
-        part._attn_implementation = attention
 
 
 @dataclass
@@ -219,7 +220,7 @@ def make_sequences(
     generator = torch.Generator().manual_seed(seed)
     audio_size = flops.thinker_size(config).audio
     placeholders = partial(flops.audio_tokens, audio_size)
-    highest = min(PLACEHOLDER - 1000, config.text_config.vocab_size - 64)
+    highest = min(AUDIO_TOKEN, config.text_config.vocab_size) - 64  # no special token
     rows, starts, lengths = [], [], []
     for index in range(count):
         shorter = 1.0 - 0.1 * index if ragged else 1.0
@@ -344,7 +345,7 @@ def answer_log_probs(
     weight = policy.lm_head.weight
     with autocast(weight.device, weight.dtype):
         logits = policy(**inputs, use_cache=False).logits
-        if padded:
+        if padded and len(set(batch.lengths)) > 1:
             logits = logits[inputs["attention_mask"].bool()]
         logits = logits.reshape(-1, logits.shape[-1])
         labels = torch.cat(batch.rows).roll(-1)
@@ -496,7 +497,9 @@ class GpuCheck:
         self.options = options
         self.device = torch.device(options.device)
         self.meter = Meter(self.device)
-        self.config = thinker_config(options.width, options.layers, options.audio_layers)
+        self.config = thinker_config(
+            options.width, options.layers, options.audio_layers, options.vocabulary
+        )
         self.size = flops.thinker_size(self.config)
         self.attention = options.attention or (
             "flash_attention_2" if self.device.type == "cuda" and has("flash_attn") else "sdpa"
@@ -836,7 +839,10 @@ class GpuCheck:
             seconds, norm = self.meter.timed(
                 lambda: self.run_update(batch, micro_batch), self.options.repeats
             )
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # cuBLAS reports it under another class and name than PyTorch's allocator.
+            if not any(text in str(error) for text in ("out of memory", "ALLOC_FAILED")):
+                raise
             cell["error"] = "out of memory"
         if "error" in cell:
             trainer.zero()
@@ -879,7 +885,7 @@ class GpuCheck:
             self.meter.synchronize()
         self.policy.gradient_checkpointing_disable()
         averages = profiler.key_averages()
-        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        order = "self_device_time_total" if cuda else "self_cpu_time_total"
         path = self.options.output.with_suffix(".profile.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(averages.table(sort_by=order, row_limit=60, max_name_column_width=90))
@@ -1071,6 +1077,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", choices=sorted(WIDTHS), help="default: 7b, on a CPU tiny")
     parser.add_argument("--layers", type=int, default=4, help="of the language model (4)")
     parser.add_argument("--audio-layers", type=int, default=4, help="of the audio tower (4)")
+    parser.add_argument("--vocabulary", type=int, help="fewer tokens, where memory is short")
     parser.add_argument("--device", default=default_device, help=f"default here: {default_device}")
     parser.add_argument("--attention", help="flash_attention_2 or sdpa; default: what is there")
     parser.add_argument("--clip-seconds", type=float, help="default: 60, with tiny 3")

@@ -193,7 +193,7 @@ def test_running_out_of_memory_is_a_cell_not_the_end(
 
     def limited(self: Any, batch: Any, micro_batch: int) -> float:
         if micro_batch == 2:
-            raise torch.OutOfMemoryError("2 rows are too many")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 rows")
         return stock(self, batch, micro_batch)
 
     monkeypatch.setattr(type(check), "run_update", limited)
@@ -202,6 +202,14 @@ def test_running_out_of_memory_is_a_cell_not_the_end(
     errors = [cell["micro_batch"] for cell in row.figures["cells"] if "error" in cell]
     assert errors == [2, 2]
     assert row.figures["micro_batch"] == 1
+
+
+def test_the_fp32_copy_leaves_the_policys_attention_alone(check: Any) -> None:
+    check.attention = "eager"  # written into a configuration that every layer reads
+    row = row_of(check, "precision")
+    assert row.status == "ok", row.message
+    assert check.policy.config.text_config._attn_implementation == "eager"
+    assert check.policy.config.audio_config._attn_implementation == "eager"
 
 
 def test_chunked_log_probabilities_and_gradients_are_those_of_log_softmax(
