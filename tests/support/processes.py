@@ -32,7 +32,7 @@ def start_ranks(command: list[str], ranks: int, output: Path) -> tuple[dict[str,
         )
         for rank in range(ranks)
     ]
-    logs = [process.communicate(timeout=300)[0] for process in processes]
+    logs = [process.communicate(timeout=900)[0] for process in processes]
     for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
         assert process.returncode == 0, f"rank {rank}:\n{log[-3000:]}"
     return torch.load(output, weights_only=False), logs[0]
