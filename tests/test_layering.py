@@ -26,8 +26,16 @@ LIGHT = [
     "soundmind.report",
     "soundmind.doctor",
     "soundmind.tiny",
+    "soundmind.parts",
+    "soundmind.checkpoints",
+    "soundmind.lora",
+    "soundmind.export",
     "soundmind.metrics",
     "soundmind.evaluate",
+    "soundmind.sizes",
+    "soundmind.flops",
+    "soundmind.memory",
+    "soundmind.plan",
 ]
 HEAVY = ("torch", "verl", "vllm", "transformers", "ray")
 
