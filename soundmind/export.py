@@ -85,7 +85,6 @@ def export(checkpoint: Path, base: Path, output: Path) -> Path:
         record = {"checkpoint": str(checkpoint), "base": str(base), "thinker_tensors": used}
         if trained.adapter:
             _write_adapter(partial / ADAPTER_FOLDER, base, trained)
-            record["merged_tensors"] = len(trained.matrices)
             record["adapter"] = ADAPTER_FOLDER
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     except BaseException:
@@ -222,7 +221,7 @@ def _join(parts: list[Any]) -> torch.Tensor:
 
 
 def _write_weights(base: Path, output: Path, trained: Trained) -> int:
-    """Copy the base's weight files with the trained tensors put in; returns how many those were."""
+    """Copy the base's weight files with the trained tensors put in; returns how many they are."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -236,17 +235,17 @@ def _write_weights(base: Path, output: Path, trained: Trained) -> int:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is no dict
                 tensor = file.get_tensor(name)
                 own = name.removeprefix(THINKER_PREFIX)
-                if name.startswith(THINKER_PREFIX):
-                    if matrices and own in trained.weights:
+                if name.startswith(THINKER_PREFIX) and matrices:
+                    if own in trained.weights:
                         _require_same(name, trained.weights[own], tensor, base)
                     if pair := matrices.get(own):
                         tensor = lora.merge(
                             tensor, trained.adapter[pair["A"]], trained.adapter[pair["B"]], scale
                         )
                         used += 1
-                    elif own in trained.weights:
-                        tensor = trained.weights[own].to(tensor.dtype).contiguous()
-                        used += 1
+                elif name.startswith(THINKER_PREFIX) and own in trained.weights:
+                    tensor = trained.weights[own].to(tensor.dtype).contiguous()
+                    used += 1
                 tensors[name] = tensor
         save_file(tensors, output / path.name, metadata=metadata or {"format": "pt"})
     return used

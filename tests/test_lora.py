@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from processes import REPOSITORY, clean_environment, start_ranks
 
-from soundmind import lora
+from soundmind import checkpoints, lora
+from soundmind.export import export
 from soundmind.parts import LANGUAGE_MODEL_LINEARS, language_model_targets, part_of
 
 torch = pytest.importorskip("torch")
@@ -34,14 +35,15 @@ OPTIMIZER = [
 
 def train(model: Path, folder: Path, ranks: int, *arguments: str) -> dict[str, Any]:
     """Two updates on `ranks` ranks of the real engine; see tests/support/parts_rank.py."""
-    output = folder / "result.pt"
+    output, root = folder / "result.pt", folder / "checkpoints"
     command = [sys.executable, "-W", "ignore", str(REPOSITORY / "tests/support/parts_rank.py")]
     command += ["--model", str(model), "--ranks", str(ranks), "--output", str(output)]
     command += ["--rendezvous", str(folder / "rendezvous"), "--reference-first"]
-    command += ["--checkpoint", str(folder / "global_step_1"), *arguments, *LORA, *OPTIMIZER]
-    results, results["log"] = start_ranks(command, ranks, output)
-    results["checkpoint"] = folder / "global_step_1"
-    return results
+    command += ["--checkpoint", str(root / checkpoints.WRITING / "global_step_1")]
+    results, log = start_ranks([*command, *arguments, *LORA, *OPTIMIZER], ranks, output)
+    checkpoint = checkpoints.publish(root, 1, model)
+    export(checkpoint, model, folder / "export")
+    return {**results, "log": log, "checkpoint": checkpoint, "export": folder / "export"}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +52,17 @@ def one_rank(random_stand_in: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def two_ranks(random_stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One rank with clips, the other with text; a base in bfloat16, gradient checkpointing."""
+def two_ranks(
+    one_rank: dict[str, Any], random_stand_in: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Continues the exported adapter: one rank with clips, the other with text, a bfloat16 base."""
     return train(
         random_stand_in,
         tmp_path_factory.mktemp("two"),
         2,
         *("--batch", "sides", "actor_rollout_ref.actor.fsdp_config.model_dtype=bf16"),
         "actor_rollout_ref.model.enable_gradient_checkpointing=true",
+        f"actor_rollout_ref.model.lora_adapter_path='{one_rank['export'] / 'adapter'}'",
     )
 
 
@@ -128,9 +133,6 @@ def test_sending_leaves_the_adapter_alone(run: dict[str, Any]) -> None:
 
 
 def test_the_reference_is_the_actor_without_its_adapter(run: dict[str, Any]) -> None:
-    # Reading the reference first must not cost the adapter its gradients.
-    for before, policy in zip(run["reference_before"], run["policy_before"], strict=True):
-        torch.testing.assert_close(policy, before, rtol=0, atol=0)
     for before, after in zip(run["reference_before"], run["reference_after"], strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
     moved = [
@@ -138,6 +140,38 @@ def test_the_reference_is_the_actor_without_its_adapter(run: dict[str, Any]) -> 
         for after, before in zip(run["policy_after"], run["policy_before"], strict=True)
     ]
     assert min(moved) > 1e-4
+
+
+def test_a_fresh_adapter_is_the_reference(one_rank: dict[str, Any]) -> None:
+    # Reading the reference first must not cost the adapter its gradients.
+    for before, policy in zip(one_rank["reference_before"], one_rank["policy_before"], strict=True):
+        torch.testing.assert_close(policy, before, rtol=0, atol=0)
+
+
+def test_an_exported_adapter_is_continued_where_it_stood(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any]
+) -> None:
+    compared = [name for name in one_rank["after"] if lora.is_adapter(name)]
+    assert compared
+    for name in compared:
+        assert torch.equal(two_ranks["before"][name], one_rank["after"][name]), name
+
+
+def test_an_export_of_a_lora_run_changes_what_was_adapted_and_nothing_else(
+    run: dict[str, Any], random_stand_in: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    base = load_file(random_stand_in / "model.safetensors")
+    exported = load_file(run["export"] / "model.safetensors")
+    changed = {name for name in base if not torch.equal(exported[name], base[name])}
+    wanted = {f"thinker.{name}" for name in lora.pairs(run["after"])}
+    assert changed == wanted
+    for name in changed:
+        # The rollout's weights; those of a bfloat16 trainer have eight bits behind the point.
+        sent = run["sent"][name]
+        tolerance = 1e-6 if sent.dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(exported[name], sent.float(), rtol=tolerance, atol=tolerance)
 
 
 def test_a_frozen_tower_keeps_no_activations(run: dict[str, Any]) -> None:
