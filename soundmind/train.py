@@ -24,6 +24,8 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,10 @@ CONFIG_DIR = REPOSITORY / "configs"
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and the next step."""
+
+
+class NodeLostError(RuntimeError):
+    """A machine of the run's cluster went away; the message says how to go on."""
 
 
 def config_names(config_dir: Path = CONFIG_DIR) -> list[str]:
@@ -109,11 +115,7 @@ def place_run(config: DictConfig, folder: RunFolder, attempt: int, ray_dir: Path
         if folder.last_checkpoint() is not None:
             # The interrupted run has validated its start already.
             config.trainer.val_before_train = False
-        if config.ray_kwargs.ray_init.get("address"):
-            # `ray start` declared what the cluster has; Ray refuses to be told again.
-            config.ray_kwargs.ray_init.num_cpus = None
-            config.ray_kwargs.ray_init.num_gpus = None
-        else:
+        if not config.ray_kwargs.ray_init.get("address"):
             config.ray_kwargs.ray_init._temp_dir = str(ray_dir)
     (path / "logs").mkdir(exist_ok=True)
     return {
@@ -294,12 +296,42 @@ def run_training(config: DictConfig, environment: dict[str, str]) -> None:
             runtime.py_executable = shlex.quote(sys.executable)
     try:
         run_ppo(config, task_runner_class=task_runner())
+    except Exception as error:
+        # Which exception a lost node shows itself by depends on who was waiting for it.
+        if lost := _lost_nodes(config):
+            raise NodeLostError(
+                f"{lost} of {config.trainer.nnodes} nodes left the cluster: start a node in its place"
+            ) from error
+        raise
     finally:
         ray.shutdown()  # this driver's connection; never another cluster
 
 
+def _lost_nodes(config: DictConfig, patience: float = 40.0) -> int:
+    """How many of a run's machines its Ray cluster lacks; 0 for a run on one machine.
+
+    Waits up to `patience` seconds for Ray to notice: a broken connection is seen before the
+    cluster gives up the machine at its other end (15 s by Ray's defaults).
+    """
+    import ray
+
+    wanted, ranks = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    if wanted < 2 or not ray.is_initialized():
+        return 0
+    deadline = time.monotonic() + patience
+    while True:
+        able = [node["Alive"] and node["Resources"].get("GPU", 0) >= ranks for node in ray.nodes()]
+        lost = wanted - sum(able)
+        if lost > 0 or time.monotonic() > deadline:
+            return max(0, lost)
+        time.sleep(1)
+
+
 def train(config: DictConfig, name: str) -> Path:
-    """Train `config` in a new or continued run folder; returns the folder."""
+    """Train `config` in a new or continued run folder; returns the folder.
+
+    Raises `NodeLostError` if a machine of its cluster went away.
+    """
     from soundmind import report
 
     environment = selection.select(os.environ, cpu=config.run.device == "cpu")
@@ -321,7 +353,13 @@ def train(config: DictConfig, name: str) -> Path:
         run_folder.write_json(
             folder.path / "versions.json", run_folder.versions(config.run.seed, REPOSITORY)
         )
-        run_training(config, {**environment, **placed})
+        try:
+            run_training(config, {**environment, **placed})
+        except NodeLostError as error:
+            step = folder.last_checkpoint() or 0
+            raise NodeLostError(
+                f"{error}, and the same command continues from step {step}"
+            ) from error.__cause__
     report.finish(folder, config)
     return folder.path
 
@@ -350,6 +388,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, checks.CheckError, run_folder.RunFolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NodeLostError as error:
+        traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"run: {folder}")
     return 0
 
