@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from processes import REPOSITORY, clean_environment
 
 STEPS = 4
@@ -38,17 +39,34 @@ def test_a_run_is_the_same_experiment_on_another_cluster() -> None:
     assert config_fingerprint(compose("trainer.nnodes=2")) != config_fingerprint(configs[0])
 
 
-def test_a_running_cluster_is_not_told_what_it_has(tmp_path: Path) -> None:
-    from soundmind.run_folder import RunFolder
-    from soundmind.train import place_run
+def node(*, alive: bool, gpus: float = 8.0) -> dict[str, Any]:
+    """What `ray.nodes()` says of a machine; a dead one has no resources."""
+    return {"Alive": alive, "Resources": {"CPU": 64.0, "GPU": gpus} if alive else {}}
 
-    config = compose("ray_kwargs.ray_init.address='10.0.0.1:6379'")
-    place_run(config, RunFolder(tmp_path, resumed=False), 0, tmp_path)
-    ray_init = config.ray_kwargs.ray_init
-    assert ray_init.address == "10.0.0.1:6379"
-    # Ray refuses these beside an address.
-    assert ray_init.num_cpus is None and ray_init.num_gpus is None
-    assert "_temp_dir" not in ray_init
+
+@pytest.mark.parametrize(
+    ("nodes", "lost"),
+    [
+        ([node(alive=True), node(alive=True)], 0),
+        ([node(alive=True), node(alive=False)], 1),
+        ([node(alive=True), node(alive=True, gpus=4.0)], 1),
+        # One that left earlier and was replaced.
+        ([node(alive=True), node(alive=False), node(alive=True)], 0),
+        ([node(alive=True)], 1),
+    ],
+)
+def test_lost_nodes_are_those_the_cluster_lacks(
+    nodes: list[dict[str, Any]], lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    from soundmind.train import _lost_nodes
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    config = OmegaConf.create({"trainer": {"nnodes": 2, "n_gpus_per_node": 8}})
+    assert _lost_nodes(config, patience=0.0) == lost
+    config.trainer.nnodes = 1
+    assert _lost_nodes(config, patience=0.0) == 0
 
 
 def train_command(folder: Path, model: Path, address: str) -> list[str]:
@@ -60,6 +78,9 @@ def train_command(folder: Path, model: Path, address: str) -> list[str]:
         f"data.val_files='{folder}/parquet/audio/test.parquet'",
         f"actor_rollout_ref.model.path='{model}'",
         f"ray_kwargs.ray_init.address='{address}'",
+        # What the cluster has, `ray start` declared.
+        "ray_kwargs.ray_init.num_cpus=null",
+        "ray_kwargs.ray_init.num_gpus=null",
         "trainer.nnodes=2",
         "trainer.n_gpus_per_node=1",
         "data.train_batch_size=4",
@@ -165,7 +186,8 @@ def test_the_loss_of_a_node_ends_the_run_with_a_clear_error(run: dict[str, Any])
     assert run["first_status"] == 1
     last = run["first_output"].strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert "the same command continues from step" in last
+    assert f"the same command continues from step {run['killed_at']}" in last
+    assert "1 of 2 nodes left the cluster" in last
 
 
 @pytest.mark.e2e

@@ -22,7 +22,7 @@ from pathlib import Path
 from processes import REPOSITORY, clean_environment
 
 MARK = "SOUNDMIND_TEST_NODE"
-START_LIMIT = 120  # seconds until a node has joined
+START_LIMIT = 300  # seconds until a node has joined
 
 
 class Node:
