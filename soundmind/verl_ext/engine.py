@@ -52,14 +52,14 @@ logger = logging.getLogger(__name__)
 def training_class(thinker_class: type) -> type:
     """`thinker_class` as training needs it: no vision tower, no activations of a frozen tower.
 
-    Loading a complete folder passes over the vision weights. Models are built without storage and
-    filled from the files, so that tower takes no memory at any moment.
+    Loading a complete folder passes over whatever is not of this class. Models are built without
+    storage and filled from the files, so vision takes no memory at any moment.
     """
 
     class TrainingThinker(thinker_class):
         _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 - transformers' own form
             *(getattr(thinker_class, "_keys_to_ignore_on_load_unexpected", None) or []),
-            r"^(thinker\.)?visual\.",
+            *(r"^(thinker\.)?visual\.", r"^talker\.", r"^token2wav\."),
         ]
 
         def __init__(self, config: Any) -> None:
@@ -170,6 +170,10 @@ class OmniFSDPEngine(fsdp.FSDPEngineWithLMHead):
         return inputs, output_args
 
     def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        if self.engine_config.strategy != "fsdp2":
+            raise lora.LoraError(
+                f"LoRA needs actor_rollout_ref.actor.strategy=fsdp2, not {self.engine_config.strategy}"
+            )
         module = super()._build_lora_module(module)
         lora.require_language_model(
             (name for name, _ in module.named_parameters()), self.model_config.target_modules
