@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def find_problems(config: DictConfig) -> Iterator[str]:
         reward_keys,
         reward_settings,
         device,
+        gpu_memory,
         cluster,
         group_size,
         batch_sizes,
@@ -145,6 +147,45 @@ def device(config: DictConfig) -> Iterator[str]:
         yield (
             f"trainer.n_gpus_per_node={ranks} and this machine has {len(gpus)}; set "
             f"trainer.n_gpus_per_node={len(gpus)}"
+        )
+
+
+def gpu_memory(config: DictConfig) -> Iterator[str]:
+    """The smallest GPU of this machine holds what `soundmind.plan` counts for the configuration."""
+    from soundmind import plan, run_folder
+
+    if config.run.device == "cpu" or config.ray_kwargs.ray_init.get("address"):
+        return
+    found = run_folder.gpu_memory()
+    if not found:
+        return  # `device` has said so
+    card = replace(plan.CARDS["H100"], name="this machine's", memory=min(found))
+    # Means matter for the estimate of time alone; memory is that of the longest rows.
+    answer = int(config.data.max_response_length)
+    assumed = plan.Assumptions(plan.PUBLISHED_SECONDS, answer, plan.PROMPT_TEXT_TOKENS)
+    try:
+        need = plan.make_plan(config, "check", card, assumed)
+    except SizeError:
+        return  # a model that is not here and is none of the published ones
+    if need.fits:
+        return
+    largest = need.largest
+    more = (
+        "`python -m soundmind.plan --config-name ...` shows every part. Use more or larger GPUs, a "
+        "smaller actor.ppo_max_token_len_per_gpu, optimizer_offload or param_offload of "
+        "actor.fsdp_config, or grpo_7b_lora_1gpu"
+    )
+    if largest.total + need.reserve > card.memory:
+        yield (
+            f"GPU memory: {largest.name} ({largest.moment}) needs {largest.total / plan.GB:.1f} GB a "
+            f"GPU and {need.reserve / plan.GB:.1f} GB are kept free, but the smallest GPU here has "
+            f"{card.memory / plan.GB:.1f} GB. {more}"
+        )
+    else:
+        yield (
+            f"GPU memory: vLLM would have room for {need.kv_tokens:,} tokens on a GPU of "
+            f"{card.memory / plan.GB:.1f} GB, and one sequence takes "
+            f"{need.longest_prompt['one sequence']:,}; raise rollout.gpu_memory_utilization, or: {more}"
         )
 
 

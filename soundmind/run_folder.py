@@ -239,14 +239,23 @@ def _processor_name() -> str:
 
 def gpu_names() -> list[str]:
     """Names of the NVIDIA GPUs that the driver reports; empty without a driver."""
+    return _nvidia_smi("name")
+
+
+def gpu_memory() -> list[int]:
+    """Memory in bytes of the GPUs that the driver reports, in the order of `gpu_names`.
+
+    Empty where the driver does not say (some share memory with the host).
+    """
+    values = _nvidia_smi("memory.total")
+    return [int(value) * 2**20 for value in values if value.isdigit()]
+
+
+def _nvidia_smi(query: str) -> list[str]:
+    """One property of every NVIDIA GPU, without its unit; empty without a driver."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in result.stdout.splitlines() if line.strip()]
