@@ -223,9 +223,16 @@ def adapter_problems(adapter: Path, base: Path, rank: int) -> Iterator[str]:
         if not (adapter / name).is_file():
             yield f"{adapter} is not a LoRA adapter: it has no {name}"
             return
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    if settings.get("r") != rank:
-        yield f"{adapter} has rank {settings.get('r')} and lora_rank is {rank}; set it to the same"
+    from soundmind import lora  # which builds on this module
+
+    try:
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        lora.scale_of(settings)
+    except (ValueError, KeyError) as error:
+        yield f"{adapter / 'adapter_config.json'}: {error}"
+        return
+    if settings["r"] != rank:
+        yield f"{adapter} has rank {settings['r']} and lora_rank is {rank}; set it to the same"
     try:
         weights = tensor_shapes(adapter / "adapter_model.safetensors")
         shapes = folder_shapes(base) if base.is_dir() else None

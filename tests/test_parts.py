@@ -244,7 +244,11 @@ def write_adapter(folder: Path, shape: tuple[int, int], rank: int = 4) -> Path:
     (folder / "adapter_model.safetensors").write_bytes(
         len(header).to_bytes(8, "little") + header + bytes(size)
     )
-    settings = {"r": rank, "base_model_name_or_path": "checkpoints/Qwen2.5-Omni-7B"}
+    settings = {
+        "r": rank,
+        "lora_alpha": 8,
+        "base_model_name_or_path": "checkpoints/Qwen2.5-Omni-7B",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -254,6 +258,11 @@ def test_an_adapter_is_matched_with_its_base(random_stand_in: Path, tmp_path: Pa
     assert not list(parts.adapter_problems(good, random_stand_in, 4))
     (problem,) = parts.adapter_problems(good, random_stand_in, 8)
     assert "rank 4" in problem
+    (good / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "use_dora": true}')
+    (problem,) = parts.adapter_problems(good, random_stand_in, 4)
+    assert "use_dora" in problem
+    (good / "adapter_config.json").write_text('{"r": 4,')
+    assert len(list(parts.adapter_problems(good, random_stand_in, 4))) == 1
     wide = write_adapter(tmp_path / "wide", (4, 3584))
     (problem,) = parts.adapter_problems(wide, random_stand_in, 4)
     assert "layers.0.self_attn.q_proj" in problem
@@ -277,6 +286,6 @@ def test_a_folder_that_is_no_adapter_is_named(random_stand_in: Path, tmp_path: P
 def test_an_adapter_path_without_a_rank_would_be_ignored(
     random_stand_in: Path, tmp_path: Path
 ) -> None:
-    adapter = write_adapter(tmp_path / "adapter", (4, 128), rank=0)
+    adapter = write_adapter(tmp_path / "adapter", (4, 128))
     config = lora_config(random_stand_in, lora_rank=0, lora_adapter_path=str(adapter))
     assert any("lora_rank=0" in problem for problem in parts.find_problems(config))
