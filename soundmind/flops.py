@@ -3,7 +3,8 @@
 What is counted, and by which convention:
 
 * a multiplication and an addition are two operations, as everywhere;
-* **language model**: all matrix products of the layers and of the output head, for every token.
+* **language model**: all matrix products of the layers for every token, and of the output head at
+  the positions where logits are computed: those that predict a response token.
   Looking up an embedding is no product and counts nothing; verl's own estimate for Qwen2 counts
   the embedding table like a second output head, 7 % more for the 7B;
 * **attention** of the language model: half of the full square, since it is causal, and one square
@@ -64,20 +65,19 @@ def dense_peak(device: str) -> float | None:
 # --- language model -------------------------------------------------------------------------------
 
 
-def text_products(text: TextSize) -> int:
-    """Weights that take part in a matrix product for every token: layers and output head."""
-    return text.layers * layer_products(text) + text.embedding_parameters
-
-
 def layer_products(text: TextSize) -> int:
     """Weights of one decoder layer that take part in matrix products."""
     attention = text.hidden * (2 * text.hidden + 2 * text.kv_width)
     return attention + 3 * text.hidden * text.intermediate
 
 
-def text_linear(text: TextSize, tokens: int) -> int:
-    """Operations of one forward's matrix products for `tokens` tokens."""
-    return 2 * tokens * text_products(text)
+def text_linear(text: TextSize, tokens: int, logits: int | None = None) -> int:
+    """Operations of one forward's matrix products for `tokens` tokens.
+
+    `logits`: positions at which the output head is computed; None: at every token.
+    """
+    head = tokens if logits is None else logits
+    return 2 * (tokens * text.layers * layer_products(text) + head * text.embedding_parameters)
 
 
 def text_attention(text: TextSize, lengths: Iterable[int]) -> int:
@@ -129,10 +129,15 @@ def projector_forward(audio: AudioSize, frames: Iterable[int]) -> int:
 # --- a pass of the thinker ------------------------------------------------------------------------
 
 
-def forward_flops(size: OmniSize, lengths: Sequence[int], frames: Sequence[int]) -> int:
-    """Operations of one forward: sequences of `lengths` tokens, clips of `frames` mel frames."""
+def forward_flops(
+    size: OmniSize, lengths: Sequence[int], frames: Sequence[int], logits: int | None = None
+) -> int:
+    """Operations of one forward: sequences of `lengths` tokens, clips of `frames` mel frames.
+
+    `logits`: positions of the output head, over all sequences; None: every token.
+    """
     return (
-        text_linear(size.text, sum(lengths))
+        text_linear(size.text, sum(lengths), logits)
         + text_attention(size.text, lengths)
         + tower_forward(size.audio, frames)
         + projector_forward(size.audio, frames)
@@ -140,26 +145,33 @@ def forward_flops(size: OmniSize, lengths: Sequence[int], frames: Sequence[int])
 
 
 def training_flops(
-    size: OmniSize, lengths: Sequence[int], frames: Sequence[int], trained: Trained
+    size: OmniSize,
+    lengths: Sequence[int],
+    frames: Sequence[int],
+    trained: Trained,
+    logits: int | None = None,
 ) -> int:
     """Operations of forward and backward; see the module for what is counted.
 
     `lengths`: tokens of each sequence, prompt and response. `frames`: mel frames of each clip that
-    the tower encodes, once however many rollouts share it.
+    the tower encodes, once however many rollouts share it. `logits` as in `forward_flops`.
     """
-    return text_training_flops(size.text, lengths, trained) + audio_training_flops(
+    return text_training_flops(size.text, lengths, trained, logits) + audio_training_flops(
         size.audio, frames, trained
     )
 
 
-def text_training_flops(text: TextSize, lengths: Sequence[int], trained: Trained) -> int:
+def text_training_flops(
+    text: TextSize, lengths: Sequence[int], trained: Trained, logits: int | None = None
+) -> int:
     """The language model's share of `training_flops`."""
     tokens = sum(lengths)
+    products = text_linear(text, tokens, logits)
     attention = FULL_TRAINING * text_attention(text, lengths)
     if not trained.lora_rank:
-        return FULL_TRAINING * text_linear(text, tokens) + attention
+        return FULL_TRAINING * products + attention
     adapters = FULL_TRAINING * 2 * tokens * lora_parameters(text, trained.lora_rank)
-    return ACTIVATION_ONLY * text_linear(text, tokens) + attention + adapters
+    return ACTIVATION_ONLY * products + attention + adapters
 
 
 def audio_training_flops(audio: AudioSize, frames: Sequence[int], trained: Trained) -> int:
@@ -187,14 +199,16 @@ class Pass:
     def __init__(self) -> None:
         self.forward_only = False
         self.trained = Trained()
+        self.logits: int | None = None
 
-    def begin(self, forward_only: bool, trained: Trained) -> None:
-        """A pass over a mini-batch begins."""
+    def begin(self, forward_only: bool, trained: Trained, logits: int | None = None) -> None:
+        """A pass over a mini-batch begins, with `logits` positions of the head on this rank."""
         from soundmind.policy import ENCODED_FRAMES
 
         ENCODED_FRAMES.take()
         self.forward_only = forward_only
         self.trained = trained
+        self.logits = logits
 
 
 CURRENT_PASS = Pass()
@@ -206,8 +220,8 @@ def estimate_thinker_flops(
     """TFLOP/s of the pass that just ended, over all ranks; verl's signature.
 
     `config`: the thinker's configuration. `batch_seqlens`: tokens of every sequence of the
-    mini-batch on all ranks. The audio tower's clips are known to each rank for itself, so their
-    operations are summed over ranks; every rank of the data-parallel group must call this.
+    mini-batch on all ranks. Clips of the audio tower and positions of the output head are known to
+    each rank for itself; they are summed over ranks, so every rank must call this, as verl does.
 
     verl divides the result by the number of ranks, and by three if the pass was forward-only, for
     which three forwards are returned.
@@ -217,11 +231,12 @@ def estimate_thinker_flops(
     size = thinker_size(config)
     frames = ENCODED_FRAMES.take()
     now = CURRENT_PASS
+    logits = None if now.logits is None else int(sum_over_ranks(now.logits))
     if now.forward_only:
-        text = FULL_TRAINING * forward_flops(size, batch_seqlens, [])
+        text = FULL_TRAINING * forward_flops(size, batch_seqlens, [], logits)
         audio = FULL_TRAINING * forward_flops(size, [], frames)
     else:
-        text = text_training_flops(size.text, batch_seqlens, now.trained)
+        text = text_training_flops(size.text, batch_seqlens, now.trained, logits)
         audio = audio_training_flops(size.audio, frames, now.trained)
     return (text + sum_over_ranks(audio)) / delta_time / 1e12
 

@@ -27,7 +27,8 @@ STATE_PARTS = ("weights", "gradients", "optimizer")
 class Training:
     """How the thinker is trained: what a peak depends on besides the micro-batch.
 
-    `weight_bytes`: of the stored weights, their gradients and Adam's state, in bytes a value.
+    `weight_bytes`: of the stored weights, their gradients and Adam's state, in bytes a value. What
+    is trained under LoRA is kept in fp32 whatever the base is.
     `compute_bytes`: of the weights gathered for computing and of the activations.
     `flash`: attention and cross entropy of flash-attention (GPU); otherwise PyTorch's own.
     `fsdp`: weights are gathered layer by layer from `ranks` shards; False: plain PyTorch.
@@ -55,13 +56,20 @@ class Training:
 class MicroBatch:
     """Tokens that go through the model at once. `rows` of `length` tokens each.
 
-    `packed`: as one row without padding. `clips`: mel frames of each distinct clip.
+    `packed`: as one row without padding. `clips`: mel frames of each distinct clip. `logits`:
+    positions at which the output head is computed, None for every token.
     """
 
     rows: int
     length: int
     clips: tuple[int, ...] = ()
     packed: bool = True
+    logits: int | None = None
+
+    @property
+    def logit_positions(self) -> int:
+        """Positions of the output head."""
+        return self.tokens if self.logits is None else self.logits
 
     @property
     def tokens(self) -> int:
@@ -103,6 +111,23 @@ def trained_weights(setup: Training) -> int:
         total = size.text.parameters
     total += size.audio.tower_parameters if trained.audio_tower else 0
     return total + (size.audio.projector_parameters if trained.projector else 0)
+
+
+def weight_shard_bytes(setup: Training) -> int:
+    """Stored weights on one rank."""
+    adapters = flops.lora_parameters(setup.size.text, setup.trained.lora_rank)
+    base = loaded_weights(setup) - adapters
+    return shard(base, setup.ranks) * setup.weight_bytes + shard(adapters, setup.ranks) * FP32
+
+
+def trained_bytes(setup: Training) -> int:
+    """Bytes of one value of a gradient or of one of Adam's two moments."""
+    return FP32 if setup.trained.lora_rank else setup.weight_bytes
+
+
+def gradient_shard_bytes(setup: Training) -> int:
+    """All gradients on one rank; Adam's state takes twice that."""
+    return shard(trained_weights(setup), setup.ranks) * trained_bytes(setup)
 
 
 def shard(values: int, ranks: int) -> int:
@@ -182,8 +207,8 @@ def training_moments(
     """
     size, compute = setup.size, setup.compute_bytes
     text, audio = size.text, size.audio
-    weights = shard(loaded_weights(setup), setup.ranks) * setup.weight_bytes
-    all_gradients = shard(trained_weights(setup), setup.ranks) * setup.weight_bytes
+    weights = weight_shard_bytes(setup)
+    all_gradients = gradient_shard_bytes(setup)
     states = {
         "weights": weights,
         "optimizer": 2 * all_gradients,
@@ -235,7 +260,7 @@ def training_moments(
         activations=kept_text + (layer if setup.checkpointing else 0),
         gathered=layer_gather,
     )
-    logits = logits_bytes(text, batch.tokens, compute)
+    logits = logits_bytes(text, batch.logit_positions, compute)
     yield moment(
         "loss",
         0,
@@ -244,7 +269,9 @@ def training_moments(
         logits=loss_copies(setup) * logits,
         gathered=_gathered(setup, head, prefetch=False),
     )
-    gradients = shard(head if not setup.trained.lora_rank else 0, setup.ranks) * setup.weight_bytes
+    gradients = shard(head if not setup.trained.lora_rank else 0, setup.ranks) * trained_bytes(
+        setup
+    )
     head_gradient = _whole_gradient(setup, head if not setup.trained.lora_rank else 0)
     yield moment(
         "head backward",
@@ -257,7 +284,7 @@ def training_moments(
     working = decoder_backward_bytes(text, batch.tokens, compute)
     layer_gradient = _whole_gradient(setup, layer_values)
     for index in range(text.layers, 0, -1):
-        gradients += shard(layer_values, setup.ranks) * setup.weight_bytes
+        gradients += shard(layer_values, setup.ranks) * trained_bytes(setup)
         kept = saved_per_layer * index + around + rotary_and_mask
         yield moment(
             f"layer {index} backward",
@@ -267,7 +294,7 @@ def training_moments(
             gathered=layer_gather + layer_gradient,
         )
     if not setup.trained.lora_rank and not text.tied:
-        gradients += shard(text.embedding_parameters, setup.ranks) * setup.weight_bytes
+        gradients += shard(text.embedding_parameters, setup.ranks) * trained_bytes(setup)
         yield moment(
             "embedding backward",
             gradients,
@@ -276,12 +303,12 @@ def training_moments(
             gathered=_whole_gradient(setup, text.embedding_parameters),
         )
     if tower_backward and batch.clips:
-        projector = shard(audio.projector_parameters, setup.ranks) * setup.weight_bytes
+        projector = shard(audio.projector_parameters, setup.ranks) * trained_bytes(setup)
         gradients += projector if setup.trained.projector else 0
         if setup.trained.audio_tower:
             encoder_working = positions * (2 * audio.ffn + 2 * audio.width) * compute
             for index in range(audio.layers, 0, -1):
-                gradients += shard(audio.layer_parameters, setup.ranks) * setup.weight_bytes
+                gradients += shard(audio.layer_parameters, setup.ranks) * trained_bytes(setup)
                 recomputed = encoder_layer if setup.checkpointing else 0
                 yield moment(
                     f"audio layer {index} backward",
@@ -304,12 +331,12 @@ def optimizer_temporary(setup: Training) -> int:
     if setup.optimizer == "fused":
         return 0
     if setup.optimizer == "foreach":
-        return shard(trained_weights(setup), setup.ranks) * setup.weight_bytes
+        return gradient_shard_bytes(setup)
     text = setup.size.text
     largest = max(text.embedding_parameters, text.hidden * text.intermediate)
     if setup.trained.lora_rank:
         largest = setup.trained.lora_rank * text.intermediate
-    return 2 * shard(largest, setup.ranks) * setup.weight_bytes
+    return 2 * shard(largest, setup.ranks) * trained_bytes(setup)
 
 
 def forward_moments(setup: Training, batch: MicroBatch, entropy: bool) -> Iterator[Moment]:
@@ -319,7 +346,7 @@ def forward_moments(setup: Training, batch: MicroBatch, entropy: bool) -> Iterat
     """
     size, compute = setup.size, setup.compute_bytes
     text = size.text
-    weights = shard(loaded_weights(setup), setup.ranks) * setup.weight_bytes
+    weights = weight_shard_bytes(setup)
     states = {"weights": weights, "inputs": _input_bytes(setup, batch)}
     positions = encoder_positions(size.audio, batch.clips)
     audio = encoder_layer_bytes(size.audio, positions, compute)
@@ -337,7 +364,7 @@ def forward_moments(setup: Training, batch: MicroBatch, entropy: bool) -> Iterat
         "text forward",
         {**states, "activations": layer, "gathered": _gathered(setup, text.layer_parameters)},
     )
-    logits = logits_bytes(text, batch.tokens, compute)
+    logits = logits_bytes(text, batch.logit_positions, compute)
     copies = 1 if setup.flash else 2
     copies += 0 if not entropy or setup.flash else 2
     yield Moment(

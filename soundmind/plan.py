@@ -225,11 +225,14 @@ def micro_batch(config: DictConfig, side: str, clip_tokens: int) -> MicroBatch:
         rows = settings.log_prob_micro_batch_size_per_gpu
     clip = (clip_tokens * MEL_FRAMES_PER_SECOND // TOKENS_PER_SECOND,) if clip_tokens else ()
     packed = bool(config.actor_rollout_ref.model.use_remove_padding)
+    length = row
     if dynamic:
         rows = max(1, budget // row)
-        return MicroBatch(rows, max(row, budget // rows), clip * rows, packed)
+        length = max(row, budget // rows)
     rows = max(1, rows or 1)
-    return MicroBatch(rows, row, clip * rows, packed)
+    # Logits are computed at response positions only (soundmind.verl_ext.micro_batch).
+    logits = rows * int(config.data.max_response_length)
+    return MicroBatch(rows, length, clip * rows, packed, logits)
 
 
 def rows_of(files: Any, split: str) -> tuple[int, str]:
@@ -255,8 +258,8 @@ def phases(config: DictConfig, setup: Training, card: Card, clip_tokens: int) ->
     contexts = {"CUDA contexts": 2 * CONTEXT_BYTES}
     if setup.ranks > 1:
         contexts["NCCL"] = COLLECTIVE_BYTES
-    weights = memory.shard(memory.loaded_weights(setup), setup.ranks) * setup.weight_bytes
-    optimizer = 2 * memory.shard(memory.trained_weights(setup), setup.ranks) * setup.weight_bytes
+    weights = memory.weight_shard_bytes(setup)
+    optimizer = 2 * memory.gradient_shard_bytes(setup)
     resting = {
         "weights": 0 if fsdp.param_offload else weights,
         "optimizer": 0 if fsdp.optimizer_offload else optimizer,
@@ -338,7 +341,7 @@ def host_memory(config: DictConfig, setup: Training, assumed: Assumptions) -> di
     if fsdp.param_offload:
         parts["weights, offloaded"] = int(loaded * setup.weight_bytes * node_share)
     if fsdp.optimizer_offload:
-        state = 2 * memory.trained_weights(setup) * setup.weight_bytes
+        state = 2 * memory.trained_weights(setup) * memory.trained_bytes(setup)
         parts["optimizer, offloaded"] = int(state * node_share)
     if checks._needs_reference(config) and not setup.trained.lora_rank:
         bytes_each = dtype_bytes(config.actor_rollout_ref.ref.fsdp_config.model_dtype)
@@ -388,9 +391,10 @@ def step_seconds(
     clips = [assumed.mel_frames] * prompts if assumed.mel_frames else []
     # A rank sees each of its prompts' clips once a micro-batch: at worst once a response.
     heard = [assumed.mel_frames] * responses if assumed.mel_frames else []
-    forward = flops.forward_flops(size, [row] * responses, heard)
-    update = flops.training_flops(size, [row] * responses, heard, setup.trained)
-    prefill = flops.forward_flops(size, [assumed.prompt_tokens] * prompts, clips)
+    logits = responses * assumed.response_tokens
+    forward = flops.forward_flops(size, [row] * responses, heard, logits)
+    update = flops.training_flops(size, [row] * responses, heard, setup.trained, logits)
+    prefill = flops.forward_flops(size, [assumed.prompt_tokens] * prompts, clips, prompts)
 
     replicas = max(1, gpus // int(rollout.tensor_model_parallel_size))
     sequences = min(ceil(responses / replicas), int(rollout.max_num_seqs))
@@ -417,8 +421,8 @@ def step_seconds(
             seconds["reference"] += passes * shards / assumed.host_link
     epochs = int(config.actor_rollout_ref.actor.ppo_epochs)
     seconds["update"] = epochs * update / speed
-    weights = memory.shard(memory.loaded_weights(setup), setup.ranks) * setup.weight_bytes
-    state = 2 * memory.shard(memory.trained_weights(setup), setup.ranks) * setup.weight_bytes
+    weights = memory.weight_shard_bytes(setup)
+    state = 2 * memory.gradient_shard_bytes(setup)
     moved = (4 * weights if fsdp.param_offload else 0) + (
         2 * state if fsdp.optimizer_offload else 0
     )
@@ -444,18 +448,17 @@ def longest_prompt(
         limits["actor.ppo_max_token_len_per_gpu"] = int(actor.ppo_max_token_len_per_gpu) - response
     limits["KV cache"] = kv_tokens - response
     limits["memory of the update"] = largest(
-        lambda tokens: _one_row(setup, tokens + response, tokens) + reserve <= card.memory
+        lambda tokens: _one_row(setup, tokens, response) + reserve <= card.memory
     )
-    limits["memory of the update"] = max(0, limits["memory of the update"])
     return {**limits, "one sequence": longest_row(config)}
 
 
-def _one_row(setup: Training, tokens: int, prompt: int) -> int:
-    """Bytes of an update with one row of `tokens`, its prompt all audio."""
-    clip = prompt * MEL_FRAMES_PER_SECOND // TOKENS_PER_SECOND
-    moment = memory.training_peak(setup, MicroBatch(1, tokens, (clip,) if clip else ()), 2)
+def _one_row(setup: Training, prompt: int, response: int) -> int:
+    """Bytes of an update with one row, its prompt all audio, one of several micro-batches."""
+    clips = (prompt * MEL_FRAMES_PER_SECOND // TOKENS_PER_SECOND,) if prompt else ()
+    batch = MicroBatch(1, prompt + response, clips, logits=response)
     overhead = 2 * CONTEXT_BYTES + (COLLECTIVE_BYTES if setup.ranks > 1 else 0)
-    return moment.total + overhead
+    return memory.training_peak(setup, batch, micro_batches=2).total + overhead
 
 
 def largest(works: Callable[[int], bool], limit: int = 2**20) -> int:

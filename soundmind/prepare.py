@@ -55,7 +55,7 @@ def prepare_practice(config: DictConfig) -> None:
 
 def prepare_alr(config: DictConfig) -> None:
     """Parquet from downloaded annotations and clips; a plain message where they are not there."""
-    from soundmind import preprocess
+    from soundmind import checks, preprocess
 
     missing = [path for path in parquet_files(config) if not path.is_file()]
     data = Path(config.run.alr_dir)
@@ -69,8 +69,7 @@ def prepare_alr(config: DictConfig) -> None:
     model = Path(config.actor_rollout_ref.model.path)
     if not model.is_dir() and model.parts[0] == "checkpoints":
         raise ConfigError(
-            f"{model} not found. Fetch it (about 22 GB): "
-            f"hf download Qwen/Qwen2.5-Omni-7B --local-dir {model}"
+            f"{model} not found. Fetch it (7B: about 22 GB): {checks.model_command(config)}"
         )
 
 

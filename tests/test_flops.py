@@ -220,10 +220,11 @@ def test_verls_counter_gives_the_utilisation(
     expected = flops.text_training_flops(size.text, lengths, trained)
     assert found == pytest.approx(expected / seconds / 1e12)
 
-    flops.CURRENT_PASS.begin(forward_only=True, trained=trained)
+    flops.CURRENT_PASS.begin(forward_only=True, trained=trained, logits=75)
     no_clips.add(frames)
     found, _ = counter.estimate_flops(lengths, seconds)
-    expected = flops.forward_flops(size, lengths, frames)
+    expected = flops.forward_flops(size, lengths, frames, logits=75)
+    assert expected < flops.forward_flops(size, lengths, frames)
     assert found / 3 == pytest.approx(expected / seconds / 1e12)  # verl divides by three
 
 
