@@ -24,7 +24,7 @@ import numpy as np
 
 MIN_FRAMES = 64  # for fewer, the mel filter's matrix product takes another kernel: last bits differ
 CACHED_CLIPS = 512  # per process; 0.17 MB each for a 3.3 s clip, 3 MB for a minute
-CACHED_BYTES = 512 * 2**20  # whichever bound is reached first
+CACHED_BYTES = 128 * 2**20  # whichever bound is reached first: about 43 clips of a minute
 
 
 class FeatureCache:

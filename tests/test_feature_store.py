@@ -174,10 +174,11 @@ def test_clearing_spares_prompts_that_wait_for_a_later_step(
 ) -> None:
     queue = Queue()
     monkeypatch.setattr(feature_store, "tq", queue)
-    assert feature_store.clear_spent(["u1_0_0"]) == []
+    assert feature_store.clear_spent(["u1_0_0"]) == ([], [])
     queue.partitions["features"] = dict.fromkeys(["u1", "failed", "running", "waiting"])
     queue.partitions["train"] = dict.fromkeys(["u1_0_0", "u1_1_0", "running", "waiting_0_0"])
-    assert feature_store.clear_spent(["u1_0_0", "u1_1_0"]) == ["failed", "u1"]
+    spent, left = feature_store.clear_spent(["u1_0_0", "u1_1_0"])
+    assert (spent, left) == (["failed", "u1"], ["running", "waiting"])
     assert sorted(queue.partitions["features"]) == ["running", "waiting"]
 
 
@@ -281,9 +282,9 @@ def test_through_transfer_queue_itself() -> None:
             with pytest.raises(LookupError, match="u4"):
                 feature_store.fetch(["u1", "u4"])
             tq.kv_put(key="u2", partition_id="train", tag={"status": "running"})
-            assert feature_store.clear_spent(["u1_0_0"]) == ["u1", "u3"]
+            assert feature_store.clear_spent(["u1_0_0"]) == (["u1", "u3"], ["u2"])
             tq.kv_clear("u2", "train")
-            assert feature_store.clear_spent([]) == ["u2"]
+            assert feature_store.clear_spent([]) == (["u2"], [])
             assert tq.kv_list("features") == {"features": {}}
     finally:
         tq.close()

@@ -93,20 +93,21 @@ def fetch(uids: Sequence[str]) -> dict[str, StoredClips]:
     return {uid: StoredClips(frames, lengths) for uid, frames, lengths in rows}
 
 
-def clear_spent(batch_keys: Iterable[str]) -> list[str]:
-    """Drop what no prompt or rollout outside `batch_keys`, a step's batch, needs; returns the uids.
+def clear_spent(batch_keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Drop what no prompt or rollout outside `batch_keys`, a step's batch, needs.
 
-    Prompts of failed or filtered groups are in no batch and nowhere else either, so they go too.
+    Returns the uids that were dropped and those that are left. Prompts of failed or filtered groups
+    are in no batch and nowhere else either, so they go too.
     """
     stored = tq.kv_list(PARTITION).get(PARTITION, {})
     if not stored:
-        return []
+        return [], []
     done = set(batch_keys)
     waiting = {key.split("_")[0] for key in tq.kv_list(TRAIN).get(TRAIN, {}) if key not in done}
     spent = sorted(set(stored) - waiting)
     if spent:
         tq.kv_clear(keys=spent, partition_id=PARTITION)
-    return spent
+    return spent, sorted(set(stored) & waiting)
 
 
 class ClipReader:

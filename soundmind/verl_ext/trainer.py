@@ -10,6 +10,7 @@ Added to `PPOTrainerSync`, nothing replaced:
   it is complete or absent under its name (`soundmind.checkpoints`);
 * `metrics.jsonl`: one line a step, appended, so that a resumed run keeps its history
   (verl's own file logger starts its file anew);
+* audio features are dropped behind the update that used them (`feature_store`);
 * the rollout buffer is polled every `run.poll_interval_seconds`, not every two seconds.
 
 `run_ppo` gets `task_runner()`, because verl imports trainers inside the actor that runs them.
@@ -134,7 +135,9 @@ class SoundMindTrainer(PPOTrainerSync):
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """verl's step; the audio features of its prompts are dropped behind the update."""
         batch = super().step(metrics, timing_raw)
-        clear_spent(batch.keys)
+        spent, left = clear_spent(batch.keys)
+        metrics["features/prompts"] = len(spent)
+        metrics["features/left"] = len(left)
         return batch
 
     def _save_checkpoint(self) -> None:
