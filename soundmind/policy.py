@@ -11,6 +11,7 @@
   that mark packed sequences. Without vision, M-RoPE is the plain position three times. Four rows
   in transit would crash verl on a batch of equal lengths, where it mistakes the 4 for the
   ragged side;
+* **logits where they are wanted**: at `logit_positions` only, if given;
 * **banned tokens**: logits of tokens that rollouts may not sample are masked here too;
 * **encoded frames**: `ENCODED_FRAMES` notes what the audio tower really encoded, for FLOPs.
 """
@@ -22,6 +23,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from soundmind.tokens import BANNED_LOGIT_BIAS
 
@@ -77,6 +79,7 @@ def policy_class(thinker_class: type) -> type:
             input_features: torch.Tensor | None = None,
             feature_attention_mask: torch.Tensor | None = None,
             clip_index: torch.Tensor | None = None,
+            logit_positions: torch.Tensor | None = None,
             position_ids: torch.Tensor | None = None,
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
@@ -86,7 +89,8 @@ def policy_class(thinker_class: type) -> type:
             `input_features` (clips, mel bins, mel frames) and `feature_attention_mask`
             (clips, mel frames) are the clips to encode. `clip_index` (clips heard,) int64 names,
             in the order of the placeholders in `input_ids`, the clip that is heard; without it
-            each clip is heard once, in order.
+            each clip is heard once, in order. `logit_positions` (positions,) int64, in the rows of
+            `input_ids` laid end to end, makes the logits (1, positions, vocabulary).
             """
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -105,13 +109,20 @@ def policy_class(thinker_class: type) -> type:
                     )
             if position_ids is not None and position_ids.dim() == 2:
                 position_ids = packed_position_rows(position_ids)
-            output = super().forward(
-                input_ids=input_ids,
-                feature_attention_mask=feature_attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
-            )
+            if logit_positions is None:
+                output = super().forward(
+                    input_ids=input_ids,
+                    feature_attention_mask=feature_attention_mask,
+                    position_ids=position_ids,
+                    inputs_embeds=inputs_embeds,
+                    **kwargs,
+                )
+            else:
+                hidden = self.model(
+                    position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+                ).last_hidden_state
+                wanted = hidden.flatten(0, 1)[logit_positions]
+                output = CausalLMOutputWithPast(logits=self.lm_head(wanted).unsqueeze(0))
             if self.banned_token_ids is not None:
                 banned = self.banned_token_ids.to(output.logits.device)
                 output.logits.index_fill_(-1, banned, BANNED_LOGIT_BIAS)

@@ -23,11 +23,12 @@ ONE_RANK_CASES = [
     "mixed-packed",
     "mixed-split",
     "mixed-keyed",
+    "mixed-full",
     "equal",
     "equal-packed",
     "text",
 ]
-TWO_RANK_CASES = ["mixed", "mixed-packed", "mixed-keyed", "equal", "text"]
+TWO_RANK_CASES = ["mixed", "mixed-packed", "mixed-keyed", "mixed-full", "equal", "text"]
 
 
 def run_ranks(model: Path, folder: Path, ranks: int, cases: list[str]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(
     assert_same(two_ranks[case], one_rank[case])
 
 
-@pytest.mark.parametrize("case", ["mixed-packed", "mixed-split", "mixed-keyed"])
+@pytest.mark.parametrize("case", ["mixed-packed", "mixed-split", "mixed-keyed", "mixed-full"])
 def test_packing_micro_batches_and_stored_clips_change_nothing(
     one_rank: dict[str, Any], case: str
 ) -> None:

@@ -129,6 +129,17 @@ def test_layers_run_again_for_the_gradient_are_not_counted_again(
     assert ENCODED_FRAMES.take() == [60]
 
 
+def test_logits_at_some_positions_are_those_of_all(policy: Any, processor: Any) -> None:
+    inputs = inputs_for(processor, [clip(1, 0.6), clip(2, 0.9)])
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand_as(
+        inputs["input_ids"]
+    )
+    every = logits(policy, inputs).flatten(0, 1)
+    wanted = torch.tensor([5, 17, len(every) - 1])
+    some = logits(policy, {**inputs, "logit_positions": wanted})
+    torch.testing.assert_close(some, every[wanted][None], rtol=1e-5, atol=1e-6)
+
+
 def test_packed_sequences_do_not_see_each_other(policy: Any, processor: Any) -> None:
     tokenizer = processor.tokenizer
     texts = ["All wugs are daxes", "Rex is a wug, so Rex is a dax"]

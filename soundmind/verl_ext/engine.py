@@ -43,7 +43,7 @@ from soundmind.parts import (
 )
 from soundmind.policy import as_policy
 from soundmind.tokens import response_banned_token_ids
-from soundmind.verl_ext.feature_store import CLIP_KEY, READER, clip_inputs, clip_rows
+from soundmind.verl_ext.micro_batch import OmniMicroBatches
 from soundmind.verl_ext.plugin import require_loaded
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def training_class(thinker_class: type) -> type:
 @EngineRegistry.register(
     model_type="omni_thinker", backend=["fsdp", "fsdp2"], device=["cuda", "cpu"]
 )
-class OmniFSDPEngine(fsdp.FSDPEngineWithLMHead):
+class OmniFSDPEngine(OmniMicroBatches):
     """verl's FSDP engine for the thinker of a complete Qwen2.5-Omni folder."""
 
     def initialize(self) -> None:
@@ -157,17 +157,6 @@ class OmniFSDPEngine(fsdp.FSDPEngineWithLMHead):
             return super()._build_fsdp_module(module)
         finally:
             fsdp.CPUOffloadPolicy = stock
-
-    def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """verl's inputs, with features in the place of the keys that rollouts carry."""
-        rows = clip_rows(micro_batch)
-        if not any(CLIP_KEY in row for row in rows):
-            return super().prepare_model_inputs(micro_batch)
-        inputs, output_args = super().prepare_model_inputs(
-            micro_batch.exclude("multi_modal_inputs")
-        )
-        inputs.update(clip_inputs(rows, READER, micro_batch["input_ids"].device))
-        return inputs, output_args
 
     def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
         if self.engine_config.strategy != "fsdp2":

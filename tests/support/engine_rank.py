@@ -4,8 +4,9 @@
         --cases mixed mixed-packed --output out.pt
 
 Writes, by case, each rank's loss, every gradient in full, and per-response log-probabilities.
-A case is a batch, optionally `-packed` (no padding), `-split` (several micro-batches) or `-keyed`
-(rows carry keys of stored clips, as rollouts do, instead of features).
+A case is a batch, optionally `-packed` (no padding), `-split` (several micro-batches), `-keyed`
+(rows carry keys of stored clips, as rollouts do, instead of features) or `-full` (logits at every
+position, as in verl's own forward).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -124,12 +126,22 @@ def store_clips(rows: list[dict[str, Any]]) -> None:
 
 def run_case(engine: Any, loss: Any, case: str, rank: int, ranks: int) -> dict[str, Any]:
     """One forward and backward pass of this rank's rows; gradients and log-probabilities of all."""
-    import torch.distributed as dist
-
     batch, _, variant = case.partition("-")
     rows = build_rows(engine.model_config.processor, batch)
     if variant == "keyed":
         store_clips(rows)
+    if variant == "full":
+        with mock.patch("soundmind.verl_ext.micro_batch.response_positions", return_value=None):
+            return run_rows(engine, loss, rows, variant, rank, ranks)
+    return run_rows(engine, loss, rows, variant, rank, ranks)
+
+
+def run_rows(
+    engine: Any, loss: Any, rows: list[dict[str, Any]], variant: str, rank: int, ranks: int
+) -> dict[str, Any]:
+    """What `run_case` returns, for the rows of a case."""
+    import torch.distributed as dist
+
     mine = rows[rank::ranks]
     data = to_batch(mine, 160 if variant == "split" else 4096, variant == "packed")
     with engine.train_mode():
