@@ -1,8 +1,7 @@
-"""The figures of the practice run: does it learn, does it hear, what does a step cost.
+"""The figures of the practice run: does it learn, does it hear. What a step costs: step.py.
 
     python benchmarks/training.py learn --seeds 0 1 2     # about 10 minutes a seed on two quiet cores
     python benchmarks/training.py swapped outputs/grpo_tiny_cpu/<timestamp>
-    python benchmarks/training.py step                    # 4 prompts x 2 responses of 16 tokens, 5 s clips
 
 `learn` trains the stand-in from its own warm-up for every seed (another seed, another model, data order
 and rollouts), through `soundmind.prepare` and `soundmind.train` as main_grpo.sh does, and prints accuracy
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,8 +22,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = "grpo_tiny_cpu"
@@ -116,66 +112,6 @@ def swapped(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def step() -> None:
-    """Median seconds of a step on the work that other trainers were measured on."""
-    import soundfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "data"
-        generator = np.random.default_rng(0)
-        for split, count in (("train", 64), ("dev", 4), ("test", 4)):
-            annotations = []
-            for number in range(1, count + 1):
-                clip_folder = data / split / f"{number:04d}"
-                clip_folder.mkdir(parents=True)
-                noise = (0.1 * generator.standard_normal(5 * 16_000)).astype(np.float32)
-                soundfile.write(clip_folder / "question.wav", noise, 16_000, subtype="PCM_16")
-                annotations.append(
-                    {
-                        "id": f"{number:04d}",
-                        "user_content": f"clip {number}",
-                        "answer": "Answer: entailed",
-                        "label": 1,
-                    }
-                )
-            lines = "".join(json.dumps(line) + "\n" for line in annotations)
-            (data / f"{split}.jsonl").write_text(lines)
-        model = Path(scratch) / "tiny"
-        run("soundmind.tiny", "--no-warmup", "--output", str(model))
-        run(
-            *("soundmind.preprocess", "--mode", "audio", "--task", "practice"),
-            *("--data-dir", str(data), "--output-dir", f"{scratch}/parquet"),
-            *("--tokenizer", str(model), "--questions-only"),
-        )
-        print(f"load {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores")
-        folder, _, _ = train(
-            f"run.root={scratch}/outputs",
-            "run.export=false",
-            f"actor_rollout_ref.model.path={model}",
-            f"data.train_files={scratch}/parquet/audio/train.parquet",
-            f"data.val_files={scratch}/parquet/audio/test.parquet",
-            "data.train_batch_size=4",
-            "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-            "actor_rollout_ref.rollout.n=2",
-            "data.max_response_length=16",
-            "actor_rollout_ref.actor.use_kl_loss=true",
-            "trainer.total_training_steps=14",
-            "trainer.test_freq=-1",
-            "trainer.save_freq=-1",
-        )
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-        steps = [line for line in metrics if line["step"] > 2]  # the first two warm up
-        seconds = [line["timing_s/step"] for line in steps]
-        print(
-            f"4 x 2 x 16, 5 s clips, KL to a reference: {statistics.median(seconds):.2f} s a step in "
-            f"the median of {len(seconds)} ({min(seconds):.2f} to {max(seconds):.2f})"
-        )
-        for part in ("gen", "old_log_prob", "ref", "update_actor", "update_weights"):
-            print(
-                f"  {part}: {statistics.median(line[f'timing_s/{part}'] for line in steps):.3f} s"
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,14 +121,11 @@ def main() -> None:
     learning.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     learning.add_argument("overrides", nargs="*")
     commands.add_parser("swapped").add_argument("run", type=Path)
-    commands.add_parser("step")
     arguments = parser.parse_args()
     if arguments.command == "learn":
         learn(arguments.seeds, arguments.overrides)
-    elif arguments.command == "swapped":
-        swapped(arguments.run)
     else:
-        step()
+        swapped(arguments.run)
 
 
 if __name__ == "__main__":
