@@ -23,11 +23,12 @@ elif [ "$gpus" -ge 8 ]; then
   CONFIG=grpo_7b_8gpu
   echo "configuration: $CONFIG (this machine has $gpus GPUs)"
 elif [ "$gpus" -ge 1 ]; then
-  CONFIG=grpo_7b_8gpu
   ranks=1
   while [ $((ranks * 2)) -le "$gpus" ]; do ranks=$((ranks * 2)); done
   chosen=("trainer.n_gpus_per_node=$ranks")
-  echo "configuration: $CONFIG on $ranks of $gpus GPUs (its memory was planned for 8 of 80 GB)"
+  # All of the 7B's weights need four cards of 80 GB (python -m soundmind.plan --gpus N).
+  if [ "$ranks" -ge 4 ]; then CONFIG=grpo_7b_8gpu; else CONFIG=grpo_7b_lora_1gpu; fi
+  echo "configuration: $CONFIG on $ranks of this machine's $gpus GPUs"
 else
   CONFIG=grpo_tiny_cpu
   echo "configuration: $CONFIG (no GPU here, so the small stand-in is trained)"
