@@ -32,6 +32,7 @@ from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import EngineRegistry
 
 from soundmind import lora
+from soundmind.flops import CURRENT_PASS, Trained
 from soundmind.model_folder import folder_shapes
 from soundmind.parts import (
     NOT_LOADED,
@@ -114,6 +115,15 @@ class OmniFSDPEngine(OmniMicroBatches):
             self.model_config.tokenizer, self.model_config.generation_config
         )
         return as_policy(module, banned)
+
+    def forward_backward_batch(
+        self, data: Any, loss_function: Any, forward_only: bool = False
+    ) -> Any:
+        parts = self._trained_parts()
+        trained = Trained("audio_tower" in parts, "projector" in parts, self.model_config.lora_rank)
+        responses = data["responses"].values().shape[0] if "responses" in data.keys() else None  # noqa: SIM118
+        CURRENT_PASS.begin(forward_only, trained, responses)  # for verl's utilisation
+        return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
 
     def _trained_parts(self) -> frozenset[str]:
         """Parts whose own weights this engine trains; see `soundmind.parts`."""
