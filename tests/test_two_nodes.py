@@ -69,6 +69,24 @@ def test_lost_nodes_are_those_the_cluster_lacks(
     assert _lost_nodes(config, patience=0.0) == 0
 
 
+def test_the_trainer_ends_when_a_node_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from soundmind.verl_ext.nodes import watch_nodes
+
+    def nodes(*states: bool) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": f"id {n}", "NodeManagerAddress": f"10.0.0.{n}", "Alive": state}
+            for n, state in enumerate(states)
+        ]
+
+    # At the start one machine is gone already; later another one joins, then one leaves.
+    seen = iter([nodes(True, True, False), nodes(True, True, False, True), nodes(True, False)])
+    monkeypatch.setattr(ray, "nodes", lambda: next(seen))
+    lost: list[Any] = []
+    watch_nodes(on_loss=lost.append, interval=0.0).join(timeout=30)
+    assert lost == [{"id 1": "10.0.0.1"}]
+
+
 def train_command(folder: Path, model: Path, address: str) -> list[str]:
     return [
         *(sys.executable, "-m", "soundmind.train", "--config-name", "grpo_tiny_cpu"),

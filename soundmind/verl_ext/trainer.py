@@ -39,6 +39,7 @@ from verl.utils.debug import marked_timer
 from soundmind import checkpoints
 from soundmind.verl_ext.agent_loop import ROW
 from soundmind.verl_ext.feature_store import clear_spent
+from soundmind.verl_ext.nodes import watch_nodes
 from soundmind.verl_ext.plugin import require_loaded
 
 logger = logging.getLogger(__name__)
@@ -270,6 +271,8 @@ class SoundMindTaskRunner(TaskRunnerV1.__ray_actor_class__):
 
     def run(self, config: Any) -> None:
         require_loaded()
+        if config.trainer.nnodes > 1:
+            watch_nodes()
         super().run(config)
 
 
