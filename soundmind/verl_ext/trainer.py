@@ -224,7 +224,7 @@ class SoundMindTrainer(PPOTrainerSync):
         shutil.rmtree(root / checkpoints.WRITING, ignore_errors=True)
         keep = trainer.get("max_actor_ckpt_to_keep")
         # verl would remove an older checkpoint before the new one is there.
-        aside = {"default_local_dir": str(root / checkpoints.WRITING)}
+        aside: dict[str, Any] = {"default_local_dir": str(root / checkpoints.WRITING)}
         aside |= {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None}
         before = {name: trainer.get(name) for name in aside}
         with open_dict(self.config):
