@@ -23,7 +23,7 @@ is a row of the table; one that fails says why, and the rest goes on. Exit statu
     profile           slowest kernels of the best cell, if its MFU is below 45 % (or --profile)
     end_to_end        two steps of `python -m soundmind.train`, the stand-in, where verl and vLLM are
 
-The same as in training: model class, forward, loss on log-probabilities of a packed row, autocast
+The same as in training: model class, forward, logits at the answers' positions alone, autocast
 to bf16 over bf16 weights, gradients summed and stored in fp32, AdamW on fp32 master weights, gradient
 clipping. Not the same: one process without FSDP, so nothing is gathered or scattered, and the
 optimizer's part of an update weighs more than in a run sharded over several GPUs; few layers, so the
@@ -204,6 +204,11 @@ class Sequences:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def num_answer_tokens(self) -> int:
+        """Positions at which logits are computed."""
+        return self.num_tokens - sum(self.answer_starts)
+
 
 def make_sequences(
     config: Any,
@@ -316,14 +321,14 @@ def log_probs_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ChunkedLogProbs.apply(logits, labels)
 
 
-def answer_mask(batch: Sequences) -> torch.Tensor:
-    """(total,) bool over the packed row: positions whose *next* token belongs to an answer."""
+def answer_masks(batch: Sequences) -> list[torch.Tensor]:
+    """(length,) bool for each row: positions whose *next* token belongs to the answer."""
     masks = []
     for row, start in zip(batch.rows, batch.answer_starts, strict=True):
         mask = torch.zeros(row.numel(), dtype=torch.bool, device=row.device)
         mask[start - 1 : -1] = True
         masks.append(mask)
-    return torch.cat(masks)
+    return masks
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
@@ -342,14 +347,16 @@ def answer_log_probs(
     inputs.
     """
     inputs = {**(padded_inputs(batch) if padded else packed_inputs(batch)), **changed}
+    masks = answer_masks(batch)
+    packed = torch.cat(masks)
+    labels = torch.cat(batch.rows).roll(-1)[packed]
+    laid_out = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True) if padded else packed
     weight = policy.lm_head.weight
     with autocast(weight.device, weight.dtype):
-        logits = policy(**inputs, use_cache=False).logits
-        if padded and len(set(batch.lengths)) > 1:
-            logits = logits[inputs["attention_mask"].bool()]
-        logits = logits.reshape(-1, logits.shape[-1])
-        labels = torch.cat(batch.rows).roll(-1)
-        return log_probs_of(logits, labels)[answer_mask(batch)]
+        # The output head sees these positions alone, as in training.
+        positions = laid_out.flatten().nonzero().flatten()
+        logits = policy(**inputs, logit_positions=positions, use_cache=False).logits[0]
+        return log_probs_of(logits, labels)
 
 
 def grpo_loss(log_probs: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -616,7 +623,9 @@ class GpuCheck:
             seconds, log_probs = self.meter.timed(lambda: answer_log_probs(self.policy, batch))
         require(bool(torch.isfinite(log_probs).all()), "log-probabilities are not finite")
         require(float(log_probs.max()) <= 0, "a log-probability is above 0")
-        operations = flops.forward_flops(self.size, batch.lengths, batch.frames)
+        operations = flops.forward_flops(
+            self.size, batch.lengths, batch.frames, batch.num_answer_tokens
+        )
         return {
             "ms": seconds * 1e3,
             "tokens": batch.num_tokens,
@@ -807,7 +816,7 @@ class GpuCheck:
 
     def run_update(self, batch: Sequences, micro_batch: int) -> float:
         """One update of `batch` in micro-batches; returns the gradient norm."""
-        num_answer_tokens = int(answer_mask(batch).sum())
+        num_answer_tokens = batch.num_answer_tokens
         self.trainer.zero()
         for start in range(0, len(batch.rows), micro_batch):
             part = batch.part(start, start + micro_batch)
@@ -851,7 +860,9 @@ class GpuCheck:
         require(math.isfinite(norm), f"gradient norm {norm} at micro-batch {micro_batch}")
         peak_gb = self.meter.peak_gb()
         optimizer, _ = self.meter.timed(trainer.step)
-        operations = flops.training_flops(self.size, batch.lengths, batch.frames, flops.Trained())
+        operations = flops.training_flops(
+            self.size, batch.lengths, batch.frames, flops.Trained(), batch.num_answer_tokens
+        )
         cell |= {
             "seconds": seconds,
             "optimizer_seconds": optimizer,
