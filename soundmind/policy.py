@@ -121,8 +121,11 @@ def policy_class(thinker_class: type) -> type:
                 hidden = self.model(
                     position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
                 ).last_hidden_state
-                wanted = hidden.flatten(0, 1)[logit_positions]
-                output = CausalLMOutputWithPast(logits=self.lm_head(wanted).unsqueeze(0))
+                # A batch dimension before the head, not after it: FSDP2 hooks the tensor that leaves
+                # the root, and the engine divides it by the temperature in place. On a view the
+                # hook would be lost.
+                wanted = hidden.flatten(0, 1)[logit_positions].unsqueeze(0)
+                output = CausalLMOutputWithPast(logits=self.lm_head(wanted))
             if self.banned_token_ids is not None:
                 banned = self.banned_token_ids.to(output.logits.device)
                 output.logits.index_fill_(-1, banned, BANNED_LOGIT_BIAS)

@@ -138,6 +138,8 @@ def test_logits_at_some_positions_are_those_of_all(policy: Any, processor: Any) 
     wanted = torch.tensor([5, 17, len(every) - 1])
     some = logits(policy, {**inputs, "logit_positions": wanted})
     torch.testing.assert_close(some, every[wanted][None], rtol=1e-5, atol=1e-6)
+    # verl divides them in place, which FSDP2's hook survives on a tensor of its own only.
+    assert not policy(**inputs, logit_positions=wanted).logits._is_view()
 
 
 def test_packed_sequences_do_not_see_each_other(policy: Any, processor: Any) -> None:
