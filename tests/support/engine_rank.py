@@ -99,7 +99,7 @@ def to_batch(rows: list[dict[str, Any]], max_tokens: int, remove_padding: bool) 
         use_dynamic_bsz=True,
         max_token_len_per_gpu=max_tokens,
         use_remove_padding=remove_padding,
-        temperature=1.0,
+        temperature=0.7,  # not one: verl then divides the logits in place
         global_batch_size=8,
         return_model_output=True,
     )
