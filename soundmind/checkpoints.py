@@ -165,4 +165,5 @@ def fingerprint(base: Path) -> str:
 
 def recorded_base(folder: Path) -> str | None:
     """Fingerprint of the base that the checkpoint `folder` was trained from, where it is known."""
-    return json.loads((folder / COMPLETE).read_text()).get("base")
+    record: dict[str, Any] = json.loads((folder / COMPLETE).read_text())
+    return record.get("base")

@@ -317,7 +317,7 @@ def _graphs(config: DictConfig) -> int:
 def micro_batches(config: DictConfig, batch: MicroBatch) -> int:
     """Micro-batches of a rank's mini-batch, at the longest rows."""
     actor = config.actor_rollout_ref.actor
-    responses = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    responses: int = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
     return max(1, ceil(responses / gpus_of(config) / batch.rows))
 
 

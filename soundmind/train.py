@@ -29,13 +29,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from soundmind import run_folder, selection
+from soundmind import parts, run_folder, selection
 from soundmind.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -168,7 +169,7 @@ def verl_problems(config: DictConfig) -> Iterator[str]:
     from verl.workers.config.model import HFModelConfig
 
     config = config.copy()
-    parts = config.actor_rollout_ref
+    roles = config.actor_rollout_ref
 
     def validate() -> None:
         validate_config(
@@ -180,14 +181,14 @@ def verl_problems(config: DictConfig) -> Iterator[str]:
     steps: list[tuple[str, Callable[[], Any]]] = [
         ("verl's validate_config", validate),
         ("algorithm", lambda: omega_conf_to_dataclass(config.algorithm)),
-        ("actor_rollout_ref.actor", lambda: omega_conf_to_dataclass(parts.actor)),
+        ("actor_rollout_ref.actor", lambda: omega_conf_to_dataclass(roles.actor)),
         ("actor_rollout_ref.ref", lambda: omega_conf_to_dataclass(_reference(config))),
-        ("actor_rollout_ref.rollout", lambda: omega_conf_to_dataclass(parts.rollout)),
+        ("actor_rollout_ref.rollout", lambda: omega_conf_to_dataclass(roles.rollout)),
     ]
-    if Path(str(parts.model.path)).expanduser().is_dir():
+    if Path(str(roles.model.path)).expanduser().is_dir():
         # The trainer's class, and the plain one that verl's vLLM server builds from the same keys.
         for built in (None, HFModelConfig):
-            model = partial(omega_conf_to_dataclass, parts.model, dataclass_type=built)
+            model = partial(omega_conf_to_dataclass, roles.model, dataclass_type=built)
             steps.append(("actor_rollout_ref.model", model))
     for name, build in steps:
         try:
@@ -229,14 +230,11 @@ def dry_run(config: DictConfig, name: str) -> str:
 
     Raises `checks.CheckError` like `train`. Starts no process and writes no file.
     """
-    from soundmind import parts
-
     selection.select(os.environ, cpu=config.run.device == "cpu")
     require(config)
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     prompts, responses = config.data.train_batch_size, config.data.train_batch_size * rollout.n
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    folder = Path(str(model.path)).expanduser()
     lines = [
         f"{name}: all checks passed, nothing was started",
         "",
@@ -248,11 +246,20 @@ def dry_run(config: DictConfig, name: str) -> str:
         f"model      {model.path}",
         f"output     {_destination(config, name)}",
     ]
-    if folder.is_dir():
-        targets = model.target_modules
-        targets = OmegaConf.to_container(targets) if OmegaConf.is_config(targets) else targets
-        lines += ["", parts.table(folder, config.train, model.lora_rank, targets)]
+    if table := _parts(config):
+        lines += ["", parts.format_table(table)]
     return "\n".join(lines)
+
+
+def _parts(config: DictConfig) -> list[parts.Row]:
+    """What is trained of the model, part by part; empty where its folder is not on this disk."""
+    model = config.actor_rollout_ref.model
+    folder = Path(str(model.path)).expanduser()
+    if not folder.is_dir():
+        return []
+    targets = model.target_modules
+    targets = OmegaConf.to_container(targets) if OmegaConf.is_config(targets) else targets
+    return parts.rows(folder, config.train, model.lora_rank, targets)
 
 
 def _listed(files: Any) -> str:
@@ -351,7 +358,11 @@ def train(config: DictConfig, name: str) -> Path:
         os.environ.update(placed)
         OmegaConf.save(config, folder.path / "config.yaml", resolve=True)
         run_folder.write_json(
-            folder.path / "versions.json", run_folder.versions(config.run.seed, REPOSITORY)
+            folder.path / "versions.json",
+            {
+                **run_folder.versions(config.run.seed, REPOSITORY),
+                "parts": [asdict(row) for row in _parts(config)],
+            },
         )
         try:
             run_training(config, {**environment, **placed})
