@@ -184,9 +184,10 @@ QWEN2_5_OMNI_7B = OmniSize(
     ),
     vocoder=449_051_264,
     source=(
-        "config.json of Qwen/Qwen2.5-Omni-7B; text and audio equal the defaults of transformers' "
+        "Qwen/Qwen2.5-Omni-7B; text and audio equal the defaults of transformers' "
         "Qwen2_5OmniTextConfig and Qwen2_5OmniAudioEncoderConfig, the vocoder those of "
-        "Qwen2_5OmniToken2WavConfig"
+        "Qwen2_5OmniToken2WavConfig. Vision and talker, which no run loads, were not compared with "
+        "the published config.json"
     ),
 )
 
@@ -207,8 +208,9 @@ QWEN2_5_OMNI_3B = OmniSize(
     ),
     vocoder=449_051_264,
     source=(
-        "config.json of Qwen/Qwen2.5-Omni-3B; the language model has the dimensions of Qwen2.5-3B, "
-        "with an output head of its own"
+        "Qwen/Qwen2.5-Omni-3B; the language model has the dimensions of Qwen2.5-3B, with an output "
+        "head of its own. Not compared with the published config.json; a downloaded folder's own "
+        "is used where there is one"
     ),
 )
 

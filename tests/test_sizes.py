@@ -65,7 +65,7 @@ def test_the_7b_has_the_defaults_of_transformers() -> None:
 
 
 def test_published_totals() -> None:
-    # The model cards give 10.7 and 5.54 billion; 8.93 is the 7B's thinker alone.
+    # Held against change by accident; 8.93 is the 7B's thinker alone.
     seven, three = sizes.parameters(sizes.QWEN2_5_OMNI_7B), sizes.parameters(sizes.QWEN2_5_OMNI_3B)
     assert tuple(seven) == tuple(three) == PARTS
     assert round(sum(seven.values()) / 1e9, 2) == 10.73
