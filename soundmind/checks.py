@@ -56,6 +56,7 @@ def find_problems(config: DictConfig) -> Iterator[str]:
         gpu_memory,
         cluster,
         group_size,
+        shared_prompts,
         batch_sizes,
         micro_batches,
         tensor_parallel,
@@ -208,6 +209,21 @@ def cluster(config: DictConfig) -> Iterator[str]:
                 f"processors and GPUs, and Ray refuses {' and '.join(given)} beside it; set "
                 + " ".join(f"ray_kwargs.ray_init.{name}=null" for name in given)
             )
+
+
+def shared_prompts(config: DictConfig) -> Iterator[str]:
+    """Sharing prompts needs an attention that takes a dense mask."""
+    if not config.train.share_prompts:
+        return
+    attention = config.actor_rollout_ref.model.override_config.get(
+        "attn_implementation", "flash_attention_2"
+    )
+    if attention not in ("sdpa", "eager"):
+        yield (
+            f"train.share_prompts=true needs attention with a dense mask, and the model's is "
+            f"{attention}; add +actor_rollout_ref.model.override_config.attn_implementation=sdpa, "
+            f"or set train.share_prompts=false"
+        )
 
 
 def group_size(config: DictConfig) -> Iterator[str]:

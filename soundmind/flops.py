@@ -200,6 +200,7 @@ class Pass:
         self.forward_only = False
         self.trained = Trained()
         self.logits: int | None = None
+        self.repeated: list[int] = []  # tokens of prompts that were not computed again on this rank
 
     def begin(self, forward_only: bool, trained: Trained, logits: int | None = None) -> None:
         """A pass over a mini-batch begins, with `logits` positions of the head on this rank."""
@@ -209,6 +210,7 @@ class Pass:
         self.forward_only = forward_only
         self.trained = trained
         self.logits = logits
+        self.repeated = []
 
 
 CURRENT_PASS = Pass()
@@ -234,11 +236,13 @@ def estimate_thinker_flops(
     logits = None if now.logits is None else int(sum_over_ranks(now.logits))
     if now.forward_only:
         text = FULL_TRAINING * forward_flops(size, batch_seqlens, [], logits)
+        spared = FULL_TRAINING * forward_flops(size, now.repeated, [], 0)
         audio = FULL_TRAINING * forward_flops(size, [], frames)
     else:
         text = text_training_flops(size.text, batch_seqlens, now.trained, logits)
+        spared = text_training_flops(size.text, now.repeated, now.trained, 0)
         audio = audio_training_flops(size.audio, frames, now.trained)
-    return (text + sum_over_ranks(audio)) / delta_time / 1e12
+    return (text + sum_over_ranks(audio - spared)) / delta_time / 1e12
 
 
 def thinker_size(config: Any) -> OmniSize:

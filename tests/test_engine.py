@@ -24,11 +24,23 @@ ONE_RANK_CASES = [
     "mixed-split",
     "mixed-keyed",
     "mixed-full",
+    "mixed-shared",
+    "mixed-sharedsplit",
     "equal",
     "equal-packed",
+    "equal-shared",
+    "text",
+    "text-shared",
+]
+TWO_RANK_CASES = [
+    "mixed",
+    "mixed-packed",
+    "mixed-keyed",
+    "mixed-full",
+    "mixed-shared",
+    "equal",
     "text",
 ]
-TWO_RANK_CASES = ["mixed", "mixed-packed", "mixed-keyed", "mixed-full", "equal", "text"]
 
 
 def run_ranks(model: Path, folder: Path, ranks: int, cases: list[str]) -> dict[str, Any]:
@@ -79,8 +91,14 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(
     assert_same(two_ranks[case], one_rank[case])
 
 
-@pytest.mark.parametrize("case", ["mixed-packed", "mixed-split", "mixed-keyed", "mixed-full"])
-def test_packing_micro_batches_and_stored_clips_change_nothing(
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("mixed-packed", "mixed-split", "mixed-keyed", "mixed-full"),
+        *("mixed-shared", "mixed-sharedsplit"),
+    ],
+)
+def test_packing_micro_batches_stored_clips_and_shared_prompts_change_nothing(
     one_rank: dict[str, Any], case: str
 ) -> None:
     assert_same(one_rank[case], one_rank["mixed"])
@@ -88,6 +106,17 @@ def test_packing_micro_batches_and_stored_clips_change_nothing(
 
 def test_a_batch_of_equal_lengths_trains_packed_and_padded(one_rank: dict[str, Any]) -> None:
     assert_same(one_rank["equal-packed"], one_rank["equal"])
+
+
+def test_eight_responses_behind_one_prompt_train_like_eight_rows(one_rank: dict[str, Any]) -> None:
+    assert_same(one_rank["equal-shared"], one_rank["equal"])
+    assert one_rank["equal-shared"]["prompts"] == 1
+    assert (
+        one_rank["mixed-shared"]["prompts"] == 5
+    )  # two pairs of clips, a pair of texts, two alone
+    assert one_rank["mixed"]["prompts"] == 8
+    loss = one_rank["text"]["loss"]
+    assert one_rank["text-shared"]["loss"] == pytest.approx(loss, rel=TOLERANCE)
 
 
 def test_audio_reaches_the_gradient_of_the_audio_tower(one_rank: dict[str, Any]) -> None:

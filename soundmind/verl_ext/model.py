@@ -87,11 +87,12 @@ class OmniModelConfig(HFModelConfig):
 
 @dataclass
 class OmniEngineConfig(FSDPEngineConfig):
-    """verl's FSDP settings, and which parts of the thinker are trained besides the language model.
+    """verl's FSDP settings, and what of a run's `train` block the engines need. [ours]
 
-    Set from `train.audio_tower` and `train.projector` in the configuration, for actor and reference
-    alike. [ours]
+    Which parts of the thinker are trained besides the language model, and whether a prompt is
+    computed once for all of its responses. Set for actor and reference alike.
     """
 
     train_audio_tower: bool = True
     train_projector: bool = True
+    share_prompts: bool = False

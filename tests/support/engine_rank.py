@@ -128,8 +128,9 @@ def run_case(engine: Any, loss: Any, case: str, rank: int, ranks: int) -> dict[s
     """One forward and backward pass of this rank's rows; gradients and log-probabilities of all."""
     batch, _, variant = case.partition("-")
     rows = build_rows(engine.model_config.processor, batch)
-    if variant == "keyed":
+    if variant in ("keyed", "shared", "sharedsplit"):
         store_clips(rows)
+    object.__setattr__(engine.engine_config, "share_prompts", variant.startswith("shared"))
     if variant == "full":
         with mock.patch("soundmind.verl_ext.micro_batch.response_positions", return_value=None):
             return run_rows(engine, loss, rows, variant, rank, ranks)
@@ -142,8 +143,10 @@ def run_rows(
     """What `run_case` returns, for the rows of a case."""
     import torch.distributed as dist
 
+    from soundmind.flops import CURRENT_PASS
+
     mine = rows[rank::ranks]
-    data = to_batch(mine, 160 if variant == "split" else 4096, variant == "packed")
+    data = to_batch(mine, 160 if variant.endswith("split") else 4096, variant == "packed")
     with engine.train_mode():
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(data, loss)
@@ -161,6 +164,7 @@ def run_rows(
     return {
         "gradients": gradients,
         "log_probs": {index: values for part, _ in gathered for index, values in part.items()},
+        "prompts": len(mine) - len(CURRENT_PASS.repeated),
         # Every rank's loss is scaled by the number of ranks, since gradients are averaged.
         "loss": sum(loss for _, loss in gathered) / ranks,
     }
