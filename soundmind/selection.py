@@ -12,6 +12,7 @@ import os
 from collections.abc import MutableMapping
 
 SELECTED = "SOUNDMIND_SELECTED"  # "1" in every process of a SoundMind run
+KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's variable
 PLATFORM = "VERL_PLATFORM"  # verl's own variable; "cpu" selects our CPU platform
 
 
@@ -31,8 +32,10 @@ def cpu_environment() -> dict[str, str]:
         PLATFORM: "cpu",
         "OMP_NUM_THREADS": "1",  # about ten processes share the cores; spinning threads cost 2-3x
         "MKL_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; otherwise a share of the whole host memory
+        KV_CACHE: "1",  # GiB; otherwise a share of the whole host memory
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding threads of several engines to one core
+        # Ray would start a Python process for every CPU it is told of, 80 MB and a second each.
+        "RAY_prestart_worker_first_driver": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "TQ_NUM_THREADS": "1",  # TransferQueue asks for 8 and warns of the difference at every step
         # vLLM's sampler would compile C++ on the fly: needs a compiler and a path without spaces.
@@ -40,12 +43,18 @@ def cpu_environment() -> dict[str, str]:
     }
 
 
-def select(environment: MutableMapping[str, str], *, cpu: bool) -> dict[str, str]:
+def select(
+    environment: MutableMapping[str, str], *, cpu: bool, training: bool = False
+) -> dict[str, str]:
     """Mark `environment` as a SoundMind run; returns what was set, for Ray's runtime environment.
 
-    Values that are already there win, so that a user can tune threads or cache size by hand.
+    Values that are already there win, so that a user can tune threads or cache size by hand. In
+    `training` the size of vLLM's cache is a key of the configuration, in bytes, which the variable
+    would overrule in whole GiB.
     """
     wanted = {SELECTED: "1", **(cpu_environment() if cpu else {})}
+    if training and KV_CACHE not in environment:
+        wanted.pop(KV_CACHE, None)
     for name, value in wanted.items():
         environment.setdefault(name, value)
     environment[SELECTED] = "1"

@@ -230,7 +230,7 @@ def dry_run(config: DictConfig, name: str) -> str:
 
     Raises `checks.CheckError` like `train`. Starts no process and writes no file.
     """
-    selection.select(os.environ, cpu=config.run.device == "cpu")
+    selection.select(os.environ, cpu=config.run.device == "cpu", training=True)
     require(config)
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     prompts, responses = config.data.train_batch_size, config.data.train_batch_size * rollout.n
@@ -341,7 +341,7 @@ def train(config: DictConfig, name: str) -> Path:
     """
     from soundmind import report
 
-    environment = selection.select(os.environ, cpu=config.run.device == "cpu")
+    environment = selection.select(os.environ, cpu=config.run.device == "cpu", training=True)
     require(config)
     fingerprint = run_folder.config_fingerprint(config)
     folder = RunFolder.open(Path(config.run.root), name, fingerprint, config.run.resume)

@@ -120,6 +120,16 @@ def test_micro_batches_of_log_probabilities_divide_the_responses_of_a_rank() -> 
     assert any("nearest that work: 2 or 4" in problem for problem in found), found
 
 
+def test_shared_prompts_need_attention_with_a_mask() -> None:
+    config = composed("grpo_7b_8gpu").copy()
+    config.train.share_prompts = True
+    (problem,) = checks.shared_prompts(config)
+    assert "flash_attention_2" in problem
+    with open_dict(config):
+        config.actor_rollout_ref.model.override_config.attn_implementation = "sdpa"
+    assert not list(checks.shared_prompts(config))
+
+
 def test_the_reference_of_a_lora_run_has_no_micro_batches_of_its_own() -> None:
     """It is the actor without its adapter; a setting that nobody reads is no problem."""
     settings = ["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=null"]

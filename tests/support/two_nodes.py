@@ -42,6 +42,7 @@ class Node:
                         # A node is given up after three seconds without an answer, not fifteen.
                         "RAY_health_check_period_ms": "1000",
                         "RAY_health_check_failure_threshold": "3",
+                        "RAY_prestart_worker_first_driver": "0",  # twelve idle processes a node
                     },
                 ),
                 stdout=file,
