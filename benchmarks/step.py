@@ -8,6 +8,9 @@ stand-in (no warm-up): 4 prompts a step, one clip of white noise each, n respons
 many tokens (the end token does not end them), KL to a reference, one update. Medians over the steps
 after the first two. `rest` is what verl's parts leave of the step: reward, advantages, polling.
 
+features  seconds from a clip's file to its stored features, summed over the prompts of a step, and
+          their bytes; most of it overlaps with the first responses, so it lies within `generate`
+
 memory    highest sum of proportional set sizes (shared pages counted once) over the processes of
           the run, Ray's included, read every half second
 
@@ -184,6 +187,8 @@ def measure(corner: Corner, scratch: Path, steps: int, extra: Sequence[str]) -> 
         "slowest": max(step),
         **parts,
         "rest": statistics.median(step) - sum(parts.values()),
+        "features": statistics.median(line["features/seconds"] for line in measured),
+        "feature_bytes": statistics.median(line["features/bytes"] for line in measured),
         "peak_gb": sampler.peak_bytes / 1e9,
         "largest_gb": {name: size / 1e9 for name, size in sampler.peak_by_process.items()},
         "response_tokens": measured[-1]["response_length/mean"],
@@ -200,11 +205,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             str(Corner(r["seconds"], r["n"], r["tokens"], r["ranks"])),
             f"{r['step']:.2f} ({r['fastest']:.2f} to {r['slowest']:.2f})",
             *(f"{r[name]:.2f}" for name in (*PARTS, "rest")),
+            f"{r['features']:.2f}",
+            f"{r['feature_bytes'] / 1e6:.1f}",
             f"{r['peak_gb']:.1f}",
         ]
         for r in results
     ]
-    head = ["clip / n / tokens / ranks", "step, s", *PARTS, "rest", "memory, GB"]
+    head = ["clip / n / tokens / ranks", "step, s", *PARTS, "rest"]
+    head += ["features, s", "features, MB", "memory, GB"]
     return text_table(head, rows)
 
 

@@ -321,6 +321,12 @@ def tensor_parallel(config: DictConfig) -> Iterator[str]:
         )
     if split == 1:
         return
+    engine = config.actor_rollout_ref.rollout.engine_kwargs.get("vllm") or {}
+    if engine.get("distributed_executor_backend") == "uni":
+        yield (
+            f"{key}={split} needs a process a part: set "
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=mp"
+        )
     try:
         text = model_size(str(config.actor_rollout_ref.model.path)).text
     except SizeError as error:

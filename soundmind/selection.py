@@ -13,6 +13,7 @@ from collections.abc import MutableMapping
 
 SELECTED = "SOUNDMIND_SELECTED"  # "1" in every process of a SoundMind run
 KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's variable
+IN_ENGINE = "VLLM_ENABLE_V1_MULTIPROCESSING"  # vLLM's variable
 PLATFORM = "VERL_PLATFORM"  # verl's own variable; "cpu" selects our CPU platform
 
 
@@ -49,12 +50,15 @@ def select(
     """Mark `environment` as a SoundMind run; returns what was set, for Ray's runtime environment.
 
     Values that are already there win, so that a user can tune threads or cache size by hand. In
-    `training` the size of vLLM's cache is a key of the configuration, in bytes, which the variable
-    would overrule in whole GiB.
+    `training` vLLM's engine is a process of its own whatever `IN_ENGINE` says, and configs/base/cpu
+    has two keys that need other variables than a program that generates by itself: the model inside
+    that process, and the size of the cache in bytes, which `KV_CACHE` would overrule in whole GiB.
     """
     wanted = {SELECTED: "1", **(cpu_environment() if cpu else {})}
-    if training and KV_CACHE not in environment:
-        wanted.pop(KV_CACHE, None)
+    if training and cpu:
+        wanted[IN_ENGINE] = "0"
+        if KV_CACHE not in environment:
+            wanted.pop(KV_CACHE)
     for name, value in wanted.items():
         environment.setdefault(name, value)
     environment[SELECTED] = "1"

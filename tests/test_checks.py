@@ -150,6 +150,14 @@ def test_tensor_parallel_rollouts_share_out_the_heads_of_a_7b(split: int, fits: 
     assert any(key in problem for problem in found) == (not fits), found
 
 
+def test_a_split_rollout_needs_more_than_the_engine_process(overrides: list[str]) -> None:
+    split = "actor_rollout_ref.rollout.tensor_model_parallel_size=2"
+    backend = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend"
+    found = problems(overrides, split, "trainer.n_gpus_per_node=2")
+    assert any(f"set {backend}=mp" in problem for problem in found), found
+    assert not problems(overrides, split, "trainer.n_gpus_per_node=2", f"{backend}=mp")
+
+
 @pytest.mark.parametrize(
     ("targets", "reaches"),
     [

@@ -155,6 +155,8 @@ def test_no_audio_features_are_left_behind_a_step(run: dict[str, Any]) -> None:
     steps = [line for line in run["metrics"] if line["step"] > 0]
     assert [line["features/left"] for line in steps] == [0] * len(steps)
     # Prompts in text alone have none; those of audio and both have theirs stored once.
+    for line in steps:
+        assert (line["features/seconds"] > 0) == (line["features/prompts"] > 0)
     assert 0 < sum(line["features/prompts"] for line in steps) <= 4 * len(steps)
 
 

@@ -162,7 +162,7 @@ class Queue:
 
     def kv_list(self, partition_id: str) -> dict[str, dict[str, Any]]:
         found = self.partitions.get(partition_id)
-        return {} if found is None else {partition_id: {key: {} for key in found}}
+        return {} if found is None else {partition_id: dict(found)}
 
     def kv_clear(self, keys: list[str], partition_id: str) -> None:
         for key in keys:
@@ -174,11 +174,19 @@ def test_clearing_spares_prompts_that_wait_for_a_later_step(
 ) -> None:
     queue = Queue()
     monkeypatch.setattr(feature_store, "tq", queue)
-    assert feature_store.clear_spent(["u1_0_0"]) == ([], [])
-    queue.partitions["features"] = dict.fromkeys(["u1", "failed", "running", "waiting"])
+    assert set(feature_store.clear_spent(["u1_0_0"]).values()) == {0}
+    stored_ones = ["u1", "failed", "running", "waiting"]
+    queue.partitions["features"] = {
+        uid: {"encode_seconds": 2.0**power, "feature_bytes": 10**power}
+        for power, uid in enumerate(stored_ones)
+    }
     queue.partitions["train"] = dict.fromkeys(["u1_0_0", "u1_1_0", "running", "waiting_0_0"])
-    spent, left = feature_store.clear_spent(["u1_0_0", "u1_1_0"])
-    assert (spent, left) == (["failed", "u1"], ["running", "waiting"])
+    assert feature_store.clear_spent(["u1_0_0", "u1_1_0"]) == {
+        "features/prompts": 2,
+        "features/left": 2,
+        "features/seconds": 3.0,
+        "features/bytes": 11,
+    }
     assert sorted(queue.partitions["features"]) == ["running", "waiting"]
 
 
@@ -269,7 +277,7 @@ def test_through_transfer_queue_itself() -> None:
 
         async def put_all(entries: dict[str, StoredClips]) -> None:
             for uid, entry in entries.items():
-                await feature_store.put(uid, 1, entry)
+                await feature_store.put(uid, 1, entry, 0.25)
 
         for entries in (clips, half):
             asyncio.run(put_all(entries))
@@ -282,9 +290,15 @@ def test_through_transfer_queue_itself() -> None:
             with pytest.raises(LookupError, match="u4"):
                 feature_store.fetch(["u1", "u4"])
             tq.kv_put(key="u2", partition_id="train", tag={"status": "running"})
-            assert feature_store.clear_spent(["u1_0_0"]) == (["u1", "u3"], ["u2"])
+            spent = feature_store.clear_spent(["u1_0_0"])
+            assert (spent["features/prompts"], spent["features/left"]) == (2, 1)
+            assert spent["features/seconds"] == 0.5
+            assert spent["features/bytes"] == sum(
+                entries[uid].frames.nbytes + entries[uid].lengths.nbytes for uid in ("u1", "u3")
+            )
+            assert list(tq.kv_list("features")["features"]) == ["u2"]
             tq.kv_clear("u2", "train")
-            assert feature_store.clear_spent([]) == (["u2"], [])
+            assert feature_store.clear_spent([])["features/prompts"] == 1
             assert tq.kv_list("features") == {"features": {}}
     finally:
         tq.close()

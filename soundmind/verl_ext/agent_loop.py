@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,7 @@ class AudioAgentLoop(AgentLoopBase):
 
         Features are stored under `uid` for training step `step`; `None` stores none.
         """
+        started = time.monotonic()
         media = await self.process_multi_modal_info(messages)
         clips = media.get("audios") or None
         features: dict[str, Any] = {}
@@ -193,7 +195,7 @@ class AudioAgentLoop(AgentLoopBase):
         clip_key: dict[str, Any] = {}
         if clips and step is not None:
             packed = feature_store.pack(features, self._feature_dtype)
-            await feature_store.put(uid, step, packed)
+            await feature_store.put(uid, step, packed, time.monotonic() - started)
             clip_key = {feature_store.CLIP_KEY: uid, feature_store.STEP: step}
         return EncodedPrompt(
             token_ids=token_ids,

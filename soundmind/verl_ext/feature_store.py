@@ -26,6 +26,7 @@ PARTITION = "features"
 TRAIN = "train"  # verl's partition of prompts and rollouts
 CLIP_KEY = "clip_key"  # in `multi_modal_inputs`: the prompt whose clips a rollout heard
 STEP = "clip_step"  # beside it: the step that stored them
+SECONDS, BYTES = "encode_seconds", "feature_bytes"  # in a stored entry's tag
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,20 @@ def pack(features: dict[str, torch.Tensor], dtype: torch.dtype) -> StoredClips:
     return StoredClips(frames.to(dtype).contiguous(), lengths)
 
 
-async def put(uid: str, step: int, clips: StoredClips) -> None:
-    """Store the clips of prompt `uid`; called once per prompt, before its first rollout."""
+async def put(uid: str, step: int, clips: StoredClips, seconds: float) -> None:
+    """Store the clips of prompt `uid`; called once per prompt, before its first rollout.
+
+    `seconds` is what decoding and extracting them took, for the step's metrics.
+    """
     await tq.async_kv_put(
         key=uid,
         partition_id=PARTITION,
         fields={"frames": clips.frames, "lengths": clips.lengths},
-        tag={"global_steps": step},
+        tag={
+            "global_steps": step,
+            SECONDS: seconds,
+            BYTES: clips.frames.nbytes + clips.lengths.nbytes,
+        },
     )
 
 
@@ -93,21 +101,25 @@ def fetch(uids: Sequence[str]) -> dict[str, StoredClips]:
     return {uid: StoredClips(frames, lengths) for uid, frames, lengths in rows}
 
 
-def clear_spent(batch_keys: Iterable[str]) -> tuple[list[str], list[str]]:
+def clear_spent(batch_keys: Iterable[str]) -> dict[str, float]:
     """Drop what no prompt or rollout outside `batch_keys`, a step's batch, needs.
 
-    Returns the uids that were dropped and those that are left. Prompts of failed or filtered groups
-    are in no batch and nowhere else either, so they go too.
+    Prompts of failed or filtered groups are in no batch and nowhere else either, so they go too.
+    Returns metrics: how many prompts' features were dropped and how many are left, and what the
+    dropped ones cost, in seconds of encoding and bytes.
     """
     stored = tq.kv_list(PARTITION).get(PARTITION, {})
-    if not stored:
-        return [], []
     done = set(batch_keys)
     waiting = {key.split("_")[0] for key in tq.kv_list(TRAIN).get(TRAIN, {}) if key not in done}
     spent = sorted(set(stored) - waiting)
     if spent:
         tq.kv_clear(keys=spent, partition_id=PARTITION)
-    return spent, sorted(set(stored) & waiting)
+    return {
+        "features/prompts": len(spent),
+        "features/left": len(stored) - len(spent),
+        "features/seconds": sum(stored[uid][SECONDS] for uid in spent),
+        "features/bytes": sum(stored[uid][BYTES] for uid in spent),
+    }
 
 
 class ClipReader:

@@ -136,9 +136,7 @@ class SoundMindTrainer(PPOTrainerSync):
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """verl's step; the audio features of its prompts are dropped behind the update."""
         batch = super().step(metrics, timing_raw)
-        spent, left = clear_spent(batch.keys)
-        metrics["features/prompts"] = len(spent)
-        metrics["features/left"] = len(left)
+        metrics.update(clear_spent(batch.keys))
         return batch
 
     def _save_checkpoint(self) -> None:
