@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import gc
 import importlib.util
 import json
@@ -58,7 +57,15 @@ import torch
 from soundmind import flops, run_folder
 from soundmind.parts import part_of
 from soundmind.policy import as_policy
-from soundmind.sizes import QWEN2_5_OMNI_3B, QWEN2_5_OMNI_7B, AudioSize, TextSize
+from soundmind.random_thinker import random_thinker, thinker_config
+from soundmind.sizes import (
+    QWEN2_5_OMNI_3B,
+    QWEN2_5_OMNI_7B,
+    AudioSize,
+    OmniSize,
+    TextSize,
+    VisionSize,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET_MFU = 0.45  # below it the update is profiled
@@ -77,7 +84,6 @@ WIDTHS: dict[str, tuple[TextSize, AudioSize]] = {
         AudioSize(width=128, layers=2, heads=4, ffn=384, output=128),
     ),
 }
-AUDIO_TOKEN, AUDIO_END = 151_646, 151_648  # published ids; a small vocabulary gets its own
 
 
 @dataclass
@@ -102,74 +108,27 @@ class CheckFailed(Exception):
 # --- model and batches ----------------------------------------------------------------------------
 
 
-def thinker_config(
+def reduced_size(
     width: str, layers: int, audio_layers: int, vocabulary: int | None = None
-) -> Any:
-    """The thinker's configuration at a published width; vision is as small as its class allows."""
-    from transformers import Qwen2_5OmniThinkerConfig
-
+) -> OmniSize:
+    """A thinker of a published width; vision, which is dropped, as small as its class allows."""
     text, audio = WIDTHS[width]
-    if vocabulary is not None:
-        text = replace(text, vocab=vocabulary)
-    half = text.head_dim // 2
-    temporal = half // 4  # published: 16 of 64
-    tokens = {}
-    if text.vocab <= AUDIO_END:
-        tokens = {
-            "audio_token_index": text.vocab - 1,
-            "image_token_index": text.vocab - 4,
-            "video_token_index": text.vocab - 5,
-            "audio_start_token_id": text.vocab - 2,
-            "audio_end_token_id": text.vocab - 3,
-        }
-    return Qwen2_5OmniThinkerConfig(
-        text_config={
-            "vocab_size": text.vocab,
-            "hidden_size": text.hidden,
-            "intermediate_size": text.intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": text.heads,
-            "num_key_value_heads": text.kv_heads,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1_000_000.0,
-                "mrope_section": [temporal, (half - temporal) // 2, (half - temporal) // 2],
-            },
-            "tie_word_embeddings": False,
-        },
-        audio_config={
-            "d_model": audio.width,
-            "encoder_ffn_dim": audio.ffn,
-            "encoder_attention_heads": audio.heads,
-            "encoder_layers": audio_layers,
-            "output_dim": text.hidden,
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": text.hidden,
-            "fullatt_block_indexes": [0],
-        },
-        **tokens,
+    return OmniSize(
+        name=width,
+        text=replace(text, layers=layers, vocab=vocabulary or text.vocab),
+        audio=replace(audio, layers=audio_layers),
+        vision=VisionSize(hidden=64, layers=1, intermediate=64, output=text.hidden),
+        talker=None,
+        vocoder=None,
+        source="benchmarks/gpu_check.py",
     )
 
 
 def build_policy(
-    config: Any, device: torch.device, dtype: torch.dtype, attention: str, seed: int
+    size: OmniSize, device: torch.device, dtype: torch.dtype, attention: str, seed: int
 ) -> Any:
     """The policy with random weights on `device`, without a vision tower, in training mode."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
-    torch.manual_seed(seed)
-    with torch.device(device):
-        thinker = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-            # A copy: the attention is written into it, and every layer reads it from there.
-            copy.deepcopy(config),
-            dtype=dtype,
-            attn_implementation=attention,
-        )
+    thinker = random_thinker(size, attention, dtype=dtype, device=device, seed=seed)
     del thinker.visual
     return as_policy(thinker).train()
 
@@ -211,7 +170,7 @@ class Sequences:
 
 
 def make_sequences(
-    config: Any,
+    size: OmniSize,
     count: int,
     *,
     seconds: float,
@@ -223,9 +182,9 @@ def make_sequences(
 ) -> Sequences:
     """`count` random rows: instruction, clip of `seconds` (0: none), answer; `ragged` varies lengths."""
     generator = torch.Generator().manual_seed(seed)
-    audio_size = flops.thinker_size(config).audio
-    placeholders = partial(flops.audio_tokens, audio_size)
-    highest = min(AUDIO_TOKEN, config.text_config.vocab_size) - 64  # no special token
+    config = thinker_config(size)
+    placeholders = partial(flops.audio_tokens, size.audio)
+    highest = config.audio_token_id - 64  # no special token
     rows, starts, lengths = [], [], []
     for index in range(count):
         shorter = 1.0 - 0.1 * index if ragged else 1.0
@@ -246,8 +205,7 @@ def make_sequences(
         lengths.append(frames)
     if not seconds:
         return Sequences(rows, starts, None, None)
-    bins = config.audio_config.num_mel_bins
-    features = torch.randn(count, bins, max(lengths), generator=generator)
+    features = torch.randn(count, size.audio.mel_bins, max(lengths), generator=generator)
     masks = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     features = features * masks[:, None]
     return Sequences(rows, starts, features.to(device), masks.long().to(device))
@@ -504,10 +462,9 @@ class GpuCheck:
         self.options = options
         self.device = torch.device(options.device)
         self.meter = Meter(self.device)
-        self.config = thinker_config(
+        self.size = reduced_size(
             options.width, options.layers, options.audio_layers, options.vocabulary
         )
-        self.size = flops.thinker_size(self.config)
         self.attention = options.attention or (
             "flash_attention_2" if self.device.type == "cuda" and has("flash_attn") else "sdpa"
         )
@@ -520,7 +477,7 @@ class GpuCheck:
         """The bf16 policy, built when a part first asks for it."""
         if self._policy is None:
             self._policy = build_policy(
-                self.config, self.device, torch.bfloat16, self.attention, self.options.seed
+                self.size, self.device, torch.bfloat16, self.attention, self.options.seed
             )
         return self._policy
 
@@ -547,7 +504,7 @@ class GpuCheck:
 
     def batch(self, count: int, *, ragged: bool = False, audio: bool = True) -> Sequences:
         return make_sequences(
-            self.config,
+            self.size,
             count,
             seconds=self.options.clip_seconds if audio else 0,
             answer=self.options.answer_tokens,
@@ -560,7 +517,7 @@ class GpuCheck:
     def short_batch(self, count: int) -> Sequences:
         """Rows of different lengths, a few seconds each: what the numeric comparisons need."""
         return make_sequences(
-            self.config,
+            self.size,
             count,
             seconds=min(6.3, self.options.clip_seconds),
             answer=min(64, self.options.answer_tokens),
@@ -688,7 +645,7 @@ class GpuCheck:
     @contextlib.contextmanager
     def fp32_policy(self) -> Iterator[Any]:
         """A copy of the policy with the same weights in fp32, sdpa attention, no TF32."""
-        policy = build_policy(self.config, self.device, torch.float32, "sdpa", self.options.seed)
+        policy = build_policy(self.size, self.device, torch.float32, "sdpa", self.options.seed)
         policy.load_state_dict(self.policy.state_dict())
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

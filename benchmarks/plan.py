@@ -1,6 +1,6 @@
 """Predicted against measured peak memory of a training step: the plan's own functions on the CPU.
 
-    python benchmarks/plan.py                          # every case, a minute or two, below 4 GB
+    python benchmarks/plan.py                          # every case, about ten minutes, below 4 GB
     python benchmarks/plan.py --case wide --json FILE
 
 A case is a thinker of real structure with random weights in fp32, trained for two steps as the
@@ -37,7 +37,6 @@ sys.path.insert(0, str(REPOSITORY))
 from soundmind import memory, sizes  # noqa: E402
 from soundmind.flops import Trained, audio_tokens  # noqa: E402
 
-AUDIO_TOKEN = 7
 STAND_IN = REPOSITORY / "checkpoints" / "tiny"
 
 
@@ -178,52 +177,10 @@ def resident_bytes() -> int:
 
 def build(case: Case) -> Any:
     """The case's policy with random weights, in fp32, as the engine has it: without vision."""
-    import torch
-    from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerConfig
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-
     from soundmind.policy import as_policy
+    from soundmind.random_thinker import random_thinker
 
-    if case.text is None:
-        config = Qwen2_5OmniConfig.from_pretrained(STAND_IN).thinker_config
-    else:
-        size = size_of(case)
-        text, audio = size.text, size.audio
-        half = text.head_dim // 2
-        side = half * 3 // 8
-        config = Qwen2_5OmniThinkerConfig(
-            audio_token_index=AUDIO_TOKEN,
-            text_config={
-                "hidden_size": text.hidden,
-                "num_hidden_layers": text.layers,
-                "num_attention_heads": text.heads,
-                "num_key_value_heads": text.kv_heads,
-                "intermediate_size": text.intermediate,
-                "vocab_size": text.vocab,
-                "tie_word_embeddings": False,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 1e6,
-                    "mrope_section": [half - 2 * side, side, side],
-                },
-            },
-            audio_config={
-                "d_model": audio.width,
-                "encoder_layers": audio.layers,
-                "encoder_attention_heads": audio.heads,
-                "encoder_ffn_dim": audio.ffn,
-                "output_dim": audio.output,
-            },
-            vision_config={
-                "hidden_size": 16,
-                "depth": 1,
-                "num_heads": 1,
-                "intermediate_size": 16,
-                "out_hidden_size": text.hidden,
-            },
-        )
-    torch.manual_seed(0)
-    model = Thinker._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model = random_thinker(size_of(case))
     del model.visual
     model = as_policy(model, banned_token_ids=[3, 5])
     model.audio_tower.requires_grad_(case.audio_tower)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from processes import REPOSITORY, clean_environment
-from thinkers import random_thinker
 
 from soundmind import flops, sizes
 from soundmind.flops import Trained
+from soundmind.random_thinker import random_thinker
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -230,7 +230,7 @@ def test_chunked_log_probabilities_and_gradients_are_those_of_log_softmax(
 
 
 def test_micro_batches_and_layouts_give_one_update(check: Any, gpu_check: ModuleType) -> None:
-    policy = gpu_check.build_policy(check.config, check.device, torch.float32, "sdpa", seed=0)
+    policy = gpu_check.build_policy(check.size, check.device, torch.float32, "sdpa", seed=0)
     check._policy, check._trainer = policy, gpu_check.Trainer(policy, learning_rate=0.0)
     batch = check.batch(2)
     norms = [check.run_update(batch, micro_batch) for micro_batch in (1, 2)]

@@ -32,6 +32,7 @@ LIGHT = [
     "soundmind.export",
     "soundmind.metrics",
     "soundmind.evaluate",
+    "soundmind.random_thinker",
     "soundmind.sizes",
     "soundmind.flops",
     "soundmind.memory",

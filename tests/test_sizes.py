@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from thinkers import thinker_config
 
 from soundmind import sizes
 from soundmind.parts import PARTS, part_of
+from soundmind.random_thinker import thinker_config
 
 
 def counted(thinker: Any) -> dict[str, int]:
