@@ -18,6 +18,9 @@ is a row of the table; one that fails says why, and the rest goes on. Exit statu
     audio             another clip changes the answers' log-probabilities; a text-only batch runs,
                       and its silent clip gives the audio tower gradients of exactly zero
     precision         log-probabilities in bf16 against fp32, the same weights
+    shared            --sequences answers to one prompt with the prompt computed once
+                      (`train.share_prompts`, sdpa), against a packed row of each: the same in fp32,
+                      and how much faster a pass is in bf16
     update            one actor update of --sequences rows, over micro-batch and gradient
                       checkpointing: tokens/s, MFU, peak memory
     profile           slowest kernels of the best cell, if its MFU is below 45 % (or --profile)
@@ -58,6 +61,7 @@ from soundmind import flops, run_folder
 from soundmind.parts import part_of
 from soundmind.policy import as_policy
 from soundmind.random_thinker import random_thinker, thinker_config
+from soundmind.shared_prompts import share_prompts
 from soundmind.sizes import (
     QWEN2_5_OMNI_3B,
     QWEN2_5_OMNI_7B,
@@ -317,6 +321,56 @@ def answer_log_probs(
         return log_probs_of(logits, labels)
 
 
+@dataclass
+class LaidOut:
+    """Answers of one prompt as the policy takes them; `labels` are all of their tokens in order."""
+
+    inputs: dict[str, Any]
+    labels: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs["input_ids"].numel()
+
+
+def one_prompt(batch: Sequences) -> tuple[LaidOut, LaidOut]:
+    """The answers of `batch` to its first prompt: a packed row of each, and the prompt once.
+
+    Its clip is encoded once in both, as in training.
+    """
+    prompt = batch.rows[0][: batch.answer_starts[0]]
+    answers = [row[start:] for row, start in zip(batch.rows, batch.answer_starts, strict=True)]
+    first = batch.part(0, 1)
+    count = len(answers)
+    rows = Sequences(
+        [torch.cat([prompt, answer]) for answer in answers],
+        [prompt.numel()] * count,
+        first.features,
+        first.masks,
+    )
+    apart = packed_inputs(rows)
+    apart["logit_positions"] = torch.cat(answer_masks(rows)).nonzero().flatten()
+    apart["clip_index"] = torch.zeros(count, dtype=torch.long, device=prompt.device)
+    shared = share_prompts([prompt] * count, answers, [0] * count)
+    once = {
+        **packed_inputs(first),
+        "input_ids": shared.input_ids,
+        "position_ids": shared.position_ids,
+        "attention_mask": shared.attention_mask,
+        "logit_positions": shared.logit_positions,
+    }
+    labels = torch.cat(answers)
+    return LaidOut(apart, labels), LaidOut(once, labels)
+
+
+def log_probs_at(policy: Any, laid_out: LaidOut) -> torch.Tensor:
+    """Log-probabilities (tokens,) float32 of the labels."""
+    weight = policy.lm_head.weight
+    with autocast(weight.device, weight.dtype):
+        logits = policy(**laid_out.inputs, use_cache=False).logits[0]
+        return log_probs_of(logits, laid_out.labels)
+
+
 def grpo_loss(log_probs: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Clipped policy-gradient loss, mean over the `num_tokens` answer tokens of the mini-batch.
 
@@ -453,6 +507,7 @@ class GpuCheck:
         "packed",
         "audio",
         "precision",
+        "shared",
         "update",
         "profile",
         "end_to_end",
@@ -642,11 +697,16 @@ class GpuCheck:
             "peak_gb": self.meter.peak_gb(),
         }
 
+    def rebuilt(self, dtype: torch.dtype, attention: str) -> Any:
+        """A copy of the policy, the same weights, in another type or with another attention."""
+        policy = build_policy(self.size, self.device, dtype, attention, self.options.seed)
+        policy.load_state_dict(self.policy.state_dict())
+        return policy
+
     @contextlib.contextmanager
     def fp32_policy(self) -> Iterator[Any]:
         """A copy of the policy with the same weights in fp32, sdpa attention, no TF32."""
-        policy = build_policy(self.size, self.device, torch.float32, "sdpa", self.options.seed)
-        policy.load_state_dict(self.policy.state_dict())
+        policy = self.rebuilt(torch.float32, "sdpa")
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         convolutions = torch.backends.cudnn.allow_tf32
@@ -739,6 +799,52 @@ class GpuCheck:
             f"bf16 and fp32 log-probabilities correlate at {found['correlation']:.4f} only",
         )
         return {**found, "tokens": len(high)}
+
+    def shared(self) -> dict[str, Any]:
+        """One prompt's answers, the prompt once for all of them and once for each."""
+        self.release()  # no masters: the passes below keep every activation
+        apart, once = one_prompt(self.batch(self.options.sequences))
+        with self.fp32_policy() as policy, torch.no_grad():
+            found = gaps(log_probs_at(policy, once), log_probs_at(policy, apart))
+        require(
+            found["max_gap"] <= FP32_PACKING_GAP,
+            f"with the prompt computed once, log-probabilities differ by {found['max_gap']:.2g} "
+            f"nats in fp32; bound {FP32_PACKING_GAP:g}",
+        )
+        seconds, peaks, norms = {}, {}, {}
+        for name, inputs, attention in (
+            ("apart", apart, self.attention),
+            ("once", once, "sdpa"),
+        ):
+            policy = self.rebuilt(torch.bfloat16, attention)
+
+            def work(policy: Any = policy, inputs: LaidOut = inputs) -> None:
+                policy.zero_grad()
+                log_probs = log_probs_at(policy, inputs)
+                grpo_loss(log_probs, log_probs.numel()).backward()
+
+            work()  # warm-up
+            self.meter.reset_peak()
+            seconds[name], _ = self.meter.timed(work, self.options.repeats)
+            peaks[name] = self.meter.peak_gb()
+            norms[name] = float(policy.lm_head.weight.grad.float().norm())
+            del policy, work
+            self.meter.free()
+        require(
+            math.isclose(norms["once"], norms["apart"], rel_tol=0.05),
+            f"the output head's gradient is {norms['once']:.4g} with the prompt computed once and "
+            f"{norms['apart']:.4g} without",
+        )
+        return {
+            "fp32_max_gap": found["max_gap"],
+            "tokens_apart": apart.num_tokens,
+            "tokens_once": once.num_tokens,
+            "ms_apart": seconds["apart"] * 1e3,
+            "ms_once": seconds["once"] * 1e3,
+            "speedup": seconds["apart"] / seconds["once"],
+            "peak_gb_apart": peaks["apart"],
+            "peak_gb_once": peaks["once"],
+        }
 
     def update(self) -> dict[str, Any]:
         """Sweep micro-batch and checkpointing over one update; the best cell's figures, all cells."""

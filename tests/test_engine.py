@@ -26,6 +26,7 @@ ONE_RANK_CASES = [
     "mixed-full",
     "mixed-shared",
     "mixed-sharedsplit",
+    "mixed-sharedpacked",
     "equal",
     "equal-packed",
     "equal-shared",
@@ -95,7 +96,7 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(
     "case",
     [
         *("mixed-packed", "mixed-split", "mixed-keyed", "mixed-full"),
-        *("mixed-shared", "mixed-sharedsplit"),
+        *("mixed-shared", "mixed-sharedsplit", "mixed-sharedpacked"),
     ],
 )
 def test_packing_micro_batches_stored_clips_and_shared_prompts_change_nothing(

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -161,6 +162,30 @@ def test_sequences_that_see_one_another_fail_the_packed_part(
     row = row_of(check, "packed")
     assert row.status == "failed"
     assert "packed and separate sequences differ" in row.message
+
+
+def test_answers_that_see_one_another_fail_the_shared_part(
+    check: Any, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = gpu_check.share_prompts
+
+    def leaking(*arguments: Any) -> Any:
+        shared = stock(*arguments)
+        length = shared.input_ids.shape[1]
+        return replace(shared, attention_mask=torch.ones(1, 1, length, length).tril().bool())
+
+    monkeypatch.setattr(gpu_check, "share_prompts", leaking)
+    row = row_of(check, "shared")
+    assert row.status == "failed"
+    assert "with the prompt computed once, log-probabilities differ" in row.message
+
+
+def test_the_shared_part_says_what_is_saved(bare: dict[str, Any]) -> None:
+    figures = bare["rows"]["shared"]["figures"]
+    once, apart = figures["tokens_once"], figures["tokens_apart"]
+    answers = 2 * 24
+    assert once - answers == (apart - answers) / 2  # two answers to one prompt
+    assert figures["speedup"] == figures["ms_apart"] / figures["ms_once"]
 
 
 def test_audio_that_does_not_arrive_fails_the_audio_part(check: Any) -> None:

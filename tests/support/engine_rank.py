@@ -128,7 +128,7 @@ def run_case(engine: Any, loss: Any, case: str, rank: int, ranks: int) -> dict[s
     """One forward and backward pass of this rank's rows; gradients and log-probabilities of all."""
     batch, _, variant = case.partition("-")
     rows = build_rows(engine.model_config.processor, batch)
-    if variant in ("keyed", "shared", "sharedsplit"):
+    if variant == "keyed" or variant.startswith("shared"):
         store_clips(rows)
     object.__setattr__(engine.engine_config, "share_prompts", variant.startswith("shared"))
     if variant == "full":
@@ -146,7 +146,7 @@ def run_rows(
     from soundmind.flops import CURRENT_PASS
 
     mine = rows[rank::ranks]
-    data = to_batch(mine, 160 if variant.endswith("split") else 4096, variant == "packed")
+    data = to_batch(mine, 160 if variant.endswith("split") else 4096, variant.endswith("packed"))
     with engine.train_mode():
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(data, loss)
