@@ -208,14 +208,20 @@ def open_engine(
     return engine, actor
 
 
-def main() -> None:
+def rank_parser() -> argparse.ArgumentParser:
+    """What every process of `processes.start_ranks` is told."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--rendezvous", required=True)
-    parser.add_argument("--cases", nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    parser = rank_parser()
+    parser.add_argument("--cases", nargs="+", required=True)
     arguments = parser.parse_args()
     engine, actor = open_engine(
         arguments.model, arguments.rank, arguments.ranks, arguments.rendezvous

@@ -8,12 +8,11 @@ Arguments at the end are Hydra overrides. Every tensor is written in full, by na
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine_rank import build_rows, open_engine, to_batch
+from engine_rank import build_rows, open_engine, rank_parser, to_batch
 
 
 def full(tensor: Any) -> Any:
@@ -64,15 +63,10 @@ def graph_leaves(engine: Any, rows: list[dict[str, Any]]) -> dict[str, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--rendezvous", required=True)
+    parser = rank_parser()
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--batch", default="mixed")
     parser.add_argument("--reference-first", action="store_true")
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
