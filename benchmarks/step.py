@@ -1,6 +1,6 @@
 """What a step costs: seconds, their parts and memory over clip length, n, new tokens and ranks.
 
-    python benchmarks/step.py                                   # all 24 corners, about an hour
+    python benchmarks/step.py                                   # all 24 corners, about 85 minutes
     python benchmarks/step.py --corners 60/8/64 5/2/16/2        # seconds/n/tokens, or .../ranks
 
 Each corner is a training of its own, by `python -m soundmind.train` as any other, of the random
