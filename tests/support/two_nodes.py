@@ -28,12 +28,14 @@ START_LIMIT = 300  # seconds until a node has joined
 class Node:
     """One `ray start --block`; `kill` ends everything it has started, at once."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, python: Path, arguments: list[str], environment: dict[str, str], log: Path
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments],
+                [str(python), "-m", "ray.scripts.scripts", "start", "--block", *arguments],
                 cwd=REPOSITORY,
                 env=clean_environment(
                     **environment,
@@ -87,8 +89,10 @@ class Cluster:
     need to be let in: a token of this cluster's own, so that no other one can be meant.
     """
 
-    def __init__(self, folder: Path, cpus: int = 12) -> None:
+    def __init__(self, folder: Path, sockets: Path, cpus: int = 12) -> None:
         self._folder = folder
+        self._sockets = sockets
+        self._python = interpreter(sockets)
         self._cpus = cpus
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
@@ -99,9 +103,9 @@ class Cluster:
     def head(self) -> Node:
         return self.nodes[0]
 
-    def start_head(self, sockets: Path) -> Node:
+    def start_head(self) -> Node:
         return self._start(
-            *("--head", f"--port={self._port}", f"--temp-dir={sockets}"),
+            *("--head", f"--port={self._port}", f"--temp-dir={self._sockets}"),
             *("--include-dashboard=false", f"--ray-client-server-port={free_port()}"),
         )
 
@@ -110,6 +114,7 @@ class Cluster:
 
     def _start(self, *arguments: str) -> Node:
         node = Node(
+            self._python,
             [
                 *arguments,
                 "--node-ip-address=127.0.0.1",
@@ -131,6 +136,19 @@ class Cluster:
         return node
 
 
+def interpreter(folder: Path) -> Path:
+    """This interpreter, through a link in `folder` if there is a space in its path.
+
+    `ray start` cannot come up from such a path: it names libraries in LD_PRELOAD, which the loader
+    splits at spaces, and ends when the first of its processes does.
+    """
+    if " " not in sys.prefix:
+        return Path(sys.executable)
+    environment = folder / "environment"
+    environment.symlink_to(sys.prefix)
+    return environment / "bin" / "python"
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -142,9 +160,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     """A cluster with its head running; every process of it is gone afterwards."""
     # Sockets of Ray need a path below 107 characters, so not under pytest's folders.
     sockets = Path(tempfile.mkdtemp(prefix="sm-2n-", dir="/tmp"))
-    made = Cluster(folder)
+    made = Cluster(folder, sockets)
     try:
-        made.start_head(sockets)
+        made.start_head()
         yield made
     finally:
         for node in reversed(made.nodes):
