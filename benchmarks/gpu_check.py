@@ -1,9 +1,9 @@
 """The first minutes on any GPU: does the thinker compute what it should, and how fast?
 
-    bash scripts/gpu_check.sh                           # 7B's width, 4 + 4 layers, for 80 GB
+    bash scripts/gpu_check.sh                           # 7B's width, 4 + 4 layers
     bash scripts/gpu_check.sh --width 3b --layers 2     # a smaller GPU
     bash scripts/gpu_check.sh --layers 12 --audio-layers 32
-    bash scripts/gpu_check.sh --width tiny --device cpu # no GPU: seconds
+    bash scripts/gpu_check.sh --width tiny --device cpu # no GPU, a narrow model
 
 Nothing is downloaded. The model is Qwen2.5-Omni's thinker (`soundmind.policy` on transformers'
 class) with random weights: width, heads and vocabulary as published, depth an argument. Every part

@@ -2,9 +2,9 @@
 # The first minutes on any GPU: forward, backward, packing, audio, precision, speed, memory, on random
 # weights of Qwen2.5-Omni's width. Downloads nothing; needs torch and transformers, uses what else is there.
 #
-#   bash scripts/gpu_check.sh                            # 7B's width, 4 + 4 layers: about three minutes
+#   bash scripts/gpu_check.sh                            # 7B's width, 4 + 4 layers
 #   bash scripts/gpu_check.sh --width 3b --layers 2      # a smaller GPU
-#   bash scripts/gpu_check.sh --width tiny --device cpu  # no GPU: seconds
+#   bash scripts/gpu_check.sh --width tiny --device cpu  # no GPU, a narrow model
 #   bash scripts/gpu_check.sh --help                     # every part and option
 #   PYTHON=python3.12 bash scripts/gpu_check.sh          # another interpreter than .venv's
 #

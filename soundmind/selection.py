@@ -12,8 +12,8 @@ import os
 from collections.abc import MutableMapping
 
 SELECTED = "SOUNDMIND_SELECTED"  # "1" in every process of a SoundMind run
-KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's variable
-IN_ENGINE = "VLLM_ENABLE_V1_MULTIPROCESSING"  # vLLM's variable
+KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's; whole GiB
+IN_ENGINE = "VLLM_ENABLE_V1_MULTIPROCESSING"  # vLLM's; "0" lets the model into the engine's process
 PLATFORM = "VERL_PLATFORM"  # verl's own variable; "cpu" selects our CPU platform
 
 
