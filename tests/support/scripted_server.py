@@ -1,0 +1,138 @@
+"""A server of OpenAI's HTTP protocol whose answers are scripted: one thread a connection.
+
+In a test, `with ScriptedServer(reply) as server:` and `server.url`; as a process of its own,
+`python tests/support/scripted_server.py PORT_FILE [SECONDS]` is a teacher that reasons about
+whatever it is asked and takes SECONDS for it. A request whose Idempotency-Key was seen is answered
+again without being counted as paid.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+# body -> completion text, a whole message, (status, payload), raw bytes, or None: never answer
+Reply = Callable[[dict[str, Any]], Any]
+
+
+def completion(message: str | dict[str, Any], body: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    """A response as vLLM sends it."""
+    fields = {"role": "assistant", "content": message} if isinstance(message, str) else message
+    words = len(str(fields.get("content")).split())
+    return {
+        "id": "x",
+        "model": body["model"],
+        "choices": [{"index": 0, "message": fields, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": words},
+        **keys,
+    }
+
+
+class ScriptedServer:
+    """Counts what it answered; `paid` by Idempotency-Key."""
+
+    def __init__(self, reply: Reply, seconds: float = 0.0) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paid: Counter[str] = Counter()
+        self.starts: list[float] = []
+        self.most_at_once = self._now = 0
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                outer._answer(self, reply, seconds)
+
+            def do_GET(self) -> None:
+                payload = json.dumps({"paid": outer.paid, "asked": len(outer.bodies)}).encode()
+                self._send(200, payload)
+
+            def _send(self, status: int, payload: bytes, **headers: str) -> None:
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(payload)), **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, *_: Any) -> None:
+                return  # a client that went away
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def _answer(self, handler: Any, reply: Reply, seconds: float) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        key = handler.headers["Idempotency-Key"]
+        with self._lock:
+            self.bodies.append(body)
+            self.headers.append(dict(handler.headers))
+            self.starts.append(time.monotonic())
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            self._stop.wait(seconds)
+            answer = reply(body)
+            if answer is None:
+                self._stop.wait()
+                return
+            status, payload = answer if isinstance(answer, tuple) else (200, answer)
+            if status == 200 and isinstance(payload, str):
+                payload = completion(payload, body)
+            data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+            with self._lock:
+                if status == 200:
+                    self.paid[key] = 1 if key in self.paid else self.paid[key] + 1
+            handler._send(status, data)
+        finally:
+            with self._lock:
+                self._now -= 1
+
+    def __enter__(self) -> ScriptedServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def teacher(body: dict[str, Any]) -> str:
+    """Reasons at some length; right for seven questions of eight, by their words."""
+    question = body["messages"][-1]["content"]
+    conclusion = re.findall(r'"([^"]*)"', question)[-1]
+    verdict = "entailed" if "[yes]" in question else "not entailed"
+    return (
+        f"Let us think about whether {conclusion} follows. The first premise tells us something "
+        "general, and the second premise tells us about a single case. If both of them hold, we "
+        "ask whether the conclusion has to hold as well, or whether there is a way around it. "
+        f"Having looked at it from both sides I am sure of the verdict.\n\nAnswer: {verdict}."
+    )
+
+
+if __name__ == "__main__":
+    delay = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+    with ScriptedServer(teacher, delay) as running:
+        temporary = Path(sys.argv[1] + ".tmp")
+        temporary.write_text(running.url)
+        temporary.replace(sys.argv[1])
+        while True:
+            time.sleep(1)
