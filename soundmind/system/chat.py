@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from soundmind.system.errors import UserError
 from soundmind.system.journal import Journal
 
 T = TypeVar("T")
@@ -33,14 +34,15 @@ R = TypeVar("R")
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FATAL = (401, 402, 403, 404, 405)  # and redirections: key, money, model or address
+LARGEST_RESPONSE = 256 << 20  # bytes; an hour of 16-bit sound at 24 kHz has 173 MB
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever the server says
 
 
-class ServerError(Exception):
+class ServerError(UserError):
     """No request to this server can succeed; the message says what to do."""
 
 
-class BudgetReached(Exception):
+class BudgetReached(UserError):
     """The next request could pass the budget; everything answered so far is kept."""
 
 
@@ -91,7 +93,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """One completion. With an `error` there is no text, and nothing was kept."""
 
     text: str = ""
@@ -131,7 +133,7 @@ class Client:
             self.lost += lost
             self.usage.add(Usage(lost, lost * most[0], lost * most[1]))
             if entry["answer"]:
-                self.usage.add(_spent(Answer(**entry["answer"])))
+                self.usage.add(_spent(Completion(**entry["answer"])))
 
     @property
     def cost(self) -> float:
@@ -153,10 +155,10 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    def kept(self, body: dict[str, Any]) -> Answer | None:
+    def kept(self, body: dict[str, Any]) -> Completion | None:
         """The answer to a request if the journal has it."""
         entry = self.journal.entries.get(_key(body)) if self.journal else None
-        return Answer(**entry["answer"]) if entry and entry["answer"] else None
+        return Completion(**entry["answer"]) if entry and entry["answer"] else None
 
     def body(self, messages: list[dict[str, Any]], **parameters: Any) -> dict[str, Any]:
         """The body of a chat request; `parameters`: max_tokens, temperature, seed, ..."""
@@ -164,21 +166,21 @@ class Client:
 
     async def chat(
         self, messages: list[dict[str, Any]], *, max_tokens: int, **parameters: Any
-    ) -> Answer:
+    ) -> Completion:
         """Ask one question. Raises ServerError, BudgetReached and JournalError; other trouble is
-        in `Answer.error`."""
+        in `Completion.error`."""
         body = self.body(messages, max_tokens=max_tokens, **parameters)
         kept = self.kept(body)
         if kept is not None:
             return kept
         # No token is shorter than a byte, and a message adds a few of its own.
         most = Usage(1, len(json.dumps(body).encode()) + 8 * len(messages), max_tokens)
-        answer: Answer = await self._ask("chat/completions", body, most, _read_completion)
+        answer: Completion = await self._ask("chat/completions", body, most, _read_completion)
         return answer
 
     async def speech(self, body: dict[str, Any]) -> bytes | str:
         """Sound of `audio/speech` as encoded bytes, or as text why there is none."""
-        answer: bytes | Answer = await self._ask("audio/speech", body, Usage(1), _read_sound)
+        answer: bytes | Completion = await self._ask("audio/speech", body, Usage(1), _read_sound)
         return answer if isinstance(answer, bytes) else answer.error or "no sound"
 
     async def _ask(
@@ -188,7 +190,7 @@ class Client:
         most: Usage,
         read: Callable[[httpx.Response], Any],
     ) -> Any:
-        """What `read` makes of the response, after as many tries as it takes; else an Answer
+        """What `read` makes of the response, after as many tries as it takes; else a Completion
         with an error."""
         url, key = f"{self.base_url.rstrip('/')}/{path}", _key(body)
         data = json.dumps(body).encode()
@@ -209,10 +211,13 @@ class Client:
                     self._note(key, most, lost + 1)  # how a kill from here on is remembered
                     unreachable = False
                     try:
-                        response = await self._http.post(url, content=data, headers=headers)
+                        # A limit on the whole try: a server that goes on sending is one too.
+                        response = await asyncio.wait_for(
+                            self._post(url, data, headers), self.timeout
+                        )
                     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
                         unreachable, problem = True, str(error) or type(error).__name__
-                    except httpx.TimeoutException:
+                    except (httpx.TimeoutException, asyncio.TimeoutError):
                         was_lost, problem = True, f"timeout: no answer within {self.timeout:g} s"
                     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                         raise ServerError(f"{url} is no address: {error}") from error
@@ -226,7 +231,7 @@ class Client:
                     lost += 1
                     self.lost += 1
                     self.usage.add(most)
-                if isinstance(answer, Answer) and answer.error is None:
+                if isinstance(answer, Completion) and answer.error is None:
                     self.usage.add(_spent(answer))
                     self._note(key, most, lost, answer)
                 else:
@@ -240,7 +245,20 @@ class Client:
                 f"{url} does not answer ({problem}). Start the server or mend the address, then "
                 "run the same command again"
             )
-        return Answer(error=problem)
+        return Completion(error=problem)
+
+    async def _post(self, url: str, data: bytes, headers: dict[str, str]) -> httpx.Response:
+        """The whole response, unless it is larger than any answer is."""
+        async with self._http.stream("POST", url, content=data, headers=headers) as response:
+            content = bytearray()
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > LARGEST_RESPONSE:
+                    raise httpx.ReadError(f"more than {LARGEST_RESPONSE} bytes")
+        pause = {"Retry-After": response.headers.get("Retry-After", "")}
+        return httpx.Response(
+            response.status_code, headers=pause, content=bytes(content), request=response.request
+        )
 
     def _judge(
         self, response: httpx.Response, read: Callable[[httpx.Response], Any]
@@ -261,9 +279,9 @@ class Client:
                 f"{response.url} answered {problem}. Check address, model {self.model!r} and key, "
                 "then run the same command again"
             )
-        return Answer(error=problem), ""
+        return Completion(error=problem), ""
 
-    def _note(self, key: str, most: Usage, lost: int, answer: Answer | None = None) -> None:
+    def _note(self, key: str, most: Usage, lost: int, answer: Completion | None = None) -> None:
         if self.journal is not None:
             self.journal.append(
                 key,
@@ -304,7 +322,7 @@ def _key(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _spent(answer: Answer) -> Usage:
+def _spent(answer: Completion) -> Usage:
     return Usage(1, answer.prompt_tokens, answer.completion_tokens)
 
 
@@ -313,7 +331,7 @@ def _wanted_pause(response: httpx.Response) -> float:
     return min(float(value), LONGEST_PAUSE) if value.replace(".", "", 1).isdigit() else 0.0
 
 
-def _read_completion(response: httpx.Response) -> Answer:
+def _read_completion(response: httpx.Response) -> Completion:
     record = response.json()
     choice, usage = record["choices"][0], record.get("usage") or {}
     message = choice["message"]
@@ -323,7 +341,7 @@ def _read_completion(response: httpx.Response) -> Answer:
         raise TypeError("the content is no text")
     # Where the server counts nothing: English has some four characters a token.
     counted = usage.get("completion_tokens") or -(-len(text + reasoning) // 4)
-    return Answer(
+    return Completion(
         text=text,
         reasoning=reasoning,
         finish_reason=choice.get("finish_reason"),

@@ -15,8 +15,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from soundmind.system.errors import UserError
 
-class JournalError(OSError):
+
+class JournalError(UserError):
     """The journal cannot be opened or written; what was finished before is valid."""
 
 

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+ENDLESS = object()  # as a payload: bytes until the client goes away
+
 # body -> completion text, a whole message, (status, payload), raw bytes, or None: never answer
 Reply = Callable[[dict[str, Any]], Any]
 
@@ -60,8 +62,9 @@ class ScriptedServer:
 
             def _send(self, status: int, payload: bytes, **headers: str) -> None:
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(payload)), **headers}.items():
-                    self.send_header(name.replace("_", "-"), value)
+                given = {name.replace("_", "-"): value for name, value in headers.items()}
+                for name, value in {"Content-Length": str(len(payload)), **given}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(payload)
 
@@ -96,6 +99,12 @@ class ScriptedServer:
             status, payload = answer if isinstance(answer, tuple) else (200, answer)
             if status == 200 and isinstance(payload, str):
                 payload = completion(payload, body)
+            if payload is ENDLESS:
+                handler._send(200, b"", Content_Length="1000000000000")
+                while not self._stop.is_set():
+                    handler.wfile.write(b" " * 4096)
+                    time.sleep(0.001)
+                return
             data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
             with self._lock:
                 if status == 200:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import ScriptedServer, completion
+from scripted_server import ENDLESS, ScriptedServer, completion
 
 from soundmind.system.chat import (
-    Answer,
     Budget,
     BudgetReached,
     Client,
+    Completion,
     Prices,
     ServerError,
     run_all,
@@ -23,15 +23,15 @@ from soundmind.system.chat import (
 from soundmind.system.journal import Journal, JournalError
 
 
-def ask(server: ScriptedServer | str, questions: list[str], **settings: Any) -> list[Answer]:
+def ask(server: ScriptedServer | str, questions: list[str], **settings: Any) -> list[Completion]:
     """One answer a question; a client that tries again at once."""
     url = server if isinstance(server, str) else server.url
     keys: dict[str, Any] = {"first_pause": 0.01, "tries": 3, **settings}
 
-    async def all_answers() -> list[Answer]:
+    async def all_answers() -> list[Completion]:
         async with Client(url, "m", **keys) as client:
 
-            async def one(question: str) -> Answer:
+            async def one(question: str) -> Completion:
                 message = {"role": "user", "content": question}
                 return await client.chat([message], max_tokens=20)
 
@@ -128,6 +128,11 @@ def test_a_server_that_never_answers_is_a_timeout_and_counts_in_full(tmp_path: P
     with Journal(tmp_path / "j") as journal:
         client = Client("http://x", "m", journal=journal)
     assert client.lost == 2 and client.usage.completion_tokens == 2 * 20
+
+
+def test_a_server_that_never_stops_sending_is_a_timeout() -> None:
+    with ScriptedServer(lambda _: (200, ENDLESS)) as server:
+        assert "timeout" in (ask(server, ["x"], timeout=0.3, tries=1)[0].error or "")
 
 
 def test_an_answer_is_paid_once_over_restarts_and_another_question_is_not_it(
