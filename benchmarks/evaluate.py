@@ -31,13 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soundmind import evaluate
-from soundmind.eval_data import read_examples
-from soundmind.eval_models import open_model
-from soundmind.eval_store import Store, read_predictions
-from soundmind.eval_text import Prompt
-from soundmind.features import CACHE
-from soundmind.run_folder import hardware, write_json
+from soundmind.evaluation import evaluate
+from soundmind.evaluation.examples import read_examples
+from soundmind.evaluation.models import open_model
+from soundmind.evaluation.store import Store, read_predictions
+from soundmind.evaluation.text import Prompt
+from soundmind.model.features import CACHE
+from soundmind.system.files import write_json
+from soundmind.system.machine import hardware
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 from saved_evaluation import alr_test_lines, save

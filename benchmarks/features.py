@@ -38,9 +38,10 @@ from typing import Any
 
 import numpy as np
 
-from soundmind.data_report import text_table
-from soundmind.run_folder import hardware, write_json
-from soundmind.selection import select
+from soundmind.data.statistics import text_table
+from soundmind.plugin.environment import select
+from soundmind.system.files import write_json
+from soundmind.system.machine import hardware
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RATE = 16_000
@@ -101,7 +102,7 @@ def extractor(stock: bool) -> Iterator[None]:
     """transformers' own extractor, or ours with an empty cache."""
     from transformers import WhisperFeatureExtractor
 
-    from soundmind.features import CACHE
+    from soundmind.model.features import CACHE
 
     ours = WhisperFeatureExtractor.__call__
     CACHE.__init__()  # type: ignore[misc]
@@ -152,7 +153,7 @@ def prompts(folder: Path, count: int, seconds: int, side: str) -> Any:
     import soundfile
     from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-    from soundmind.prompts import build_messages
+    from soundmind.task.prompts import build_messages
 
     rows = []
     for number in range(count):
@@ -190,8 +191,8 @@ def measure(config: Any, folder: Path, seconds: int, n: int, count: int, stock: 
     import transfer_queue as tq
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 
-    from soundmind.verl_ext.agent_loop import AGENT_LOOP, AudioAgentLoopWorker
-    from soundmind.verl_ext.feature_store import ClipReader, clear_spent, clip_inputs, clip_rows
+    from soundmind.training.agent_loop import AGENT_LOOP, AudioAgentLoopWorker
+    from soundmind.training.feature_store import ClipReader, clear_spent, clip_inputs, clip_rows
 
     counters = Counters()
     server = StubServer(counters)
@@ -311,7 +312,7 @@ def compare(options: argparse.Namespace, folder: Path, model: Path) -> dict[str,
     import ray
     import transfer_queue as tq
 
-    from soundmind.train import compose_config
+    from soundmind.run.config import compose_config
 
     prompt_tokens = 25 * options.seconds + 128
     config = compose_config(

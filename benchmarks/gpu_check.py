@@ -5,7 +5,7 @@
     bash scripts/gpu_check.sh --layers 12 --audio-layers 32
     bash scripts/gpu_check.sh --width tiny --device cpu # no GPU, a narrow model
 
-Nothing is downloaded. The model is Qwen2.5-Omni's thinker (`soundmind.policy` on transformers'
+Nothing is downloaded. The model is Qwen2.5-Omni's thinker (`soundmind.training.policy` on transformers'
 class) with random weights: width, heads and vocabulary as published, depth an argument. Every part
 is a row of the table; one that fails says why, and the rest goes on. Exit status 1: a part failed.
 
@@ -57,12 +57,9 @@ from typing import Any
 
 import torch
 
-from soundmind import flops, run_folder
-from soundmind.parts import part_of
-from soundmind.policy import as_policy
-from soundmind.random_thinker import random_thinker, thinker_config
-from soundmind.shared_prompts import share_prompts
-from soundmind.sizes import (
+from soundmind.model.parts import part_of
+from soundmind.planning import flops
+from soundmind.planning.sizes import (
     QWEN2_5_OMNI_3B,
     QWEN2_5_OMNI_7B,
     AudioSize,
@@ -70,6 +67,11 @@ from soundmind.sizes import (
     TextSize,
     VisionSize,
 )
+from soundmind.standin.random_thinker import random_thinker, thinker_config
+from soundmind.system import files as system_files
+from soundmind.system import machine
+from soundmind.training.policy import as_policy
+from soundmind.training.shared_prompts import share_prompts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET_MFU = 0.45  # below it the update is profiled
@@ -550,7 +552,7 @@ class GpuCheck:
         return flops.dense_peak(torch.cuda.get_device_name(self.device))
 
     def mfu(self, operations: int, seconds: float) -> float | None:
-        """Share of the device's peak at `operations` (`soundmind.flops`) in `seconds`."""
+        """Share of the device's peak at `operations` (`soundmind.planning.flops`) in `seconds`."""
         return operations / seconds / self.peak_flops if self.peak_flops else None
 
     def release(self) -> None:
@@ -1193,12 +1195,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = GpuCheck(options)
     rows = check.run(parts, lambda row: print(f"{row.part}: {row.status}", flush=True))
     report = {
-        "versions": run_folder.versions(options.seed, REPOSITORY),
+        "versions": machine.versions(options.seed, REPOSITORY),
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "rows": [asdict(row) for row in rows],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(options.output, report)
+    system_files.write_json(options.output, report)
     print("\n" + table(rows))
     print(f"\nwritten: {options.output}")
     return int(any(row.status == "failed" for row in rows))

@@ -9,7 +9,7 @@ process of its own: the bytes of all live tensors (every operation is watched, e
 once, until it is freed) and the growth of the resident memory. Only what lies inside one operation
 escapes the first; the second also has the allocator's rounding and the libraries' working space.
 
-The prediction is `soundmind.memory.training_peak`, which `soundmind.plan` uses for the 7B. Between
+The prediction is `soundmind.planning.memory.training_peak`, which `soundmind.plan` uses for the 7B. Between
 the two lie bf16, flash-attention and FSDP, which a CPU does not show.
 
 Reads   nothing (`stand-in`: checkpoints/tiny, if it is there)
@@ -34,8 +34,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from soundmind import memory, sizes  # noqa: E402
-from soundmind.flops import Trained, audio_tokens  # noqa: E402
+from soundmind.planning import (
+    memory,
+    sizes,
+)
+from soundmind.planning.flops import (
+    Trained,
+    audio_tokens,
+)
 
 STAND_IN = REPOSITORY / "checkpoints" / "tiny"
 
@@ -92,7 +98,7 @@ def size_of(case: Case) -> sizes.OmniSize:
 
 
 def predicted(case: Case) -> memory.Moment:
-    """The peak that `soundmind.memory` expects for the case on a CPU."""
+    """The peak that `soundmind.planning.memory` expects for the case on a CPU."""
     setup = memory.Training(
         size=size_of(case),
         trained=Trained(audio_tower=case.audio_tower, projector=case.audio_tower),
@@ -177,8 +183,8 @@ def resident_bytes() -> int:
 
 def build(case: Case) -> Any:
     """The case's policy with random weights, in fp32, as the engine has it: without vision."""
-    from soundmind.policy import as_policy
-    from soundmind.random_thinker import random_thinker
+    from soundmind.standin.random_thinker import random_thinker
+    from soundmind.training.policy import as_policy
 
     model = random_thinker(size_of(case))
     del model.visual
@@ -227,7 +233,7 @@ def loss(case: Case, model: Any, inputs: dict[str, Any]) -> Any:
     # verl cuts padding out of a padded micro-batch's logits, which copies them.
     logits = logits.squeeze(0) if case.packed else torch.cat(list(logits.unbind()))
     labels = torch.roll(inputs["input_ids"].reshape(-1), -1)
-    # soundmind.patches.vectorised_logprobs
+    # soundmind.plugin.patches.vectorised_logprobs
     chosen = torch.gather(logits, dim=-1, index=labels.unsqueeze(-1)).squeeze(-1)
     return -(chosen - torch.logsumexp(logits, dim=-1)).mean()
 

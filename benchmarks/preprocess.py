@@ -42,8 +42,9 @@ import numpy as np
 import psutil
 import soundfile
 
-from soundmind import data_report, preprocess
-from soundmind.schema import MODES
+from soundmind import preprocess
+from soundmind.data import statistics, token_count
+from soundmind.task.schema import MODES
 
 RATE = 24_000  # Hz, of the published clips
 QUESTION_SECONDS, ANSWER_SECONDS = 62, 590  # means of the published set
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *against_decoded(lines, tokenizer, root),
             *loading(lines, tokenizer, root),
         ]
-    print(data_report.text_table(["claim", "measured", "wanted"], figures))
+    print(statistics.text_table(["claim", "measured", "wanted"], figures))
     print(
         f"\n{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
         f"{os.getloadavg()[0]:.1f}, Python {platform.python_version()}, tokenizer "
@@ -203,7 +204,7 @@ def child_decoded(folder: str, out: str, tokenizer: str) -> int:
     """Decoded samples in the rows, as the released scripts store them, by `datasets`."""
     import datasets
 
-    from soundmind.audio import load_waveform
+    from soundmind.data.audio import load_waveform
 
     del tokenizer
     root = Path(folder)
@@ -256,10 +257,10 @@ def child_load(parquet: str, tokenizer: str) -> int:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from soundmind.dataset import AudioRLHFDataset
-    from soundmind.tiny import CHAT_TEMPLATE
+    from soundmind.model.processor import CHAT_TEMPLATE
+    from soundmind.training.dataset import AudioRLHFDataset
 
-    file = Tokenizer.from_file(str(preprocess.find_tokenizer_file(tokenizer)))
+    file = Tokenizer.from_file(str(token_count.find_tokenizer_file(tokenizer)))
     hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=file, chat_template=CHAT_TEMPLATE)
     config = OmegaConf.create({"max_prompt_length": 4096, "filter_overlong_prompts": False})
     rows = AudioRLHFDataset([parquet], hf_tokenizer, config)
@@ -409,7 +410,7 @@ def train_tokenizer(lines: Sequence[str], folder: Path) -> Path:
     """A byte-level BPE under the Qwen2 splitting rule, as large as the texts fill."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    from soundmind.token_count import QWEN2_SPLIT
+    from soundmind.data.token_count import QWEN2_SPLIT
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

@@ -32,8 +32,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from soundmind.labels import VERDICTS, answer_line
-from soundmind.rewards import PRESETS, compute_score
+from soundmind.task.labels import VERDICTS, answer_line
+from soundmind.task.reward import PRESETS, compute_score
 
 TARGET_THROUGHPUT = 20_000  # responses per second
 TARGET_WORST = 0.050  # seconds of CPU time for a megabyte

@@ -38,8 +38,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from training import REPOSITORY, run, train
 
-from soundmind.data_report import text_table
-from soundmind.run_folder import hardware, write_json
+from soundmind.data.statistics import text_table
+from soundmind.system.files import write_json
+from soundmind.system.machine import hardware
 
 PROMPTS = 4  # a step
 WARM_UP = 2  # steps left out of the medians

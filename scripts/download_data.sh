@@ -38,7 +38,7 @@ esac
 import sys
 from pathlib import Path
 
-from soundmind.sources import SourceError, fetch_dataset
+from soundmind.data.sources import SourceError, fetch_dataset
 
 dataset, target, parts, *splits = sys.argv[1:]
 mode = "text" if parts == "text" else "audio"

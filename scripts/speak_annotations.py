@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from soundmind import data_report
-from soundmind.schema import SPLITS, Annotation, Split
-from soundmind.sources import Fault, SplitSource, read_candidate, read_lines
+from soundmind.data import statistics
+from soundmind.data.sources import Fault, SplitSource, read_candidate, read_lines
+from soundmind.task.schema import SPLITS, Annotation, Split
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{arguments.annotations} not found")
     annotations, faults = read(arguments.annotations, split, arguments.limit)
     if faults:
-        print(data_report.fault_table(faults, None), file=sys.stderr)
+        print(statistics.fault_table(faults, None), file=sys.stderr)
         return 2
     folder = arguments.output / split
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def speak_one(utterance: Utterance) -> float:
     """Write one clip and return its duration in seconds."""
     import soundfile
 
-    from soundmind.speech import speak
+    from soundmind.standin.espeak import speak
 
     waveform, rate = speak(utterance.text, voice=utterance.voice, speed=utterance.speed)
     utterance.path.parent.mkdir(exist_ok=True)

@@ -1,520 +1,102 @@
-"""Rule-based reward of SoundMind: what one response earns, term by term.
+"""Score saved responses again; and the place by which verl names the reward.
 
-    score = 1.0 * text_format + 0.5 * audio_format + 2.0 * answer
-          + 1.0 * text_length + 0.75 * audio_length                          [paper] sec. 4, 5.1
+    python -m soundmind.rewards outputs/run/rollouts/100.jsonl
+    python -m soundmind.rewards predictions.jsonl --preset guarded --output rescored.jsonl
+    python -m soundmind.rewards rollouts/*.jsonl --config configs/grpo.yaml --length-unit words
 
-    text_format    1 if the response is one `<think>` block and then its verdict, else 0
-    audio_format   1 if the transcript of the response's speech ends on a verdict, else 0
-    answer         1 if text_format is 1 and the verdict equals the ground truth, else 0
-    text_length    min(1, L / L_ref), L in tokens of the policy's tokenizer
-    audio_length   min(1, T / T_ref), T in codec tokens or seconds of the response's speech
-
-Every component lies in [0, 1], so a weight is the most its component can add: 5.25 in all with
-speech. Without speech, the usual rollout, both audio terms drop out, weight and all: 4.0.
-`labels.split_response` holds the format rule, docs/rewards.md a table of what cheating earns.
-
-verl calls `compute_score` for every response and averages, logs and dumps what it returns:
-
-    reward:
-      custom_reward_function:
-        path: pkg://soundmind.rewards
-        name: compute_score
-        reward_kwargs:
-          preset: paper              # PRESETS below
-          weights: {text_length: 0}  # optional: change single weights of the preset
-          length_unit: tokens        # or words
-          labels: [A, B, C, D]       # optional: another label set; default entailment
-          components:                # optional: more terms, (response: str, row: dict) -> [0, 1]
-            - {name: brevity, path: pkg://my_rewards:brevity, weight: 0.5}
-
-Saved responses are scored again, under any of these settings and without a GPU, by
-
-    python -m soundmind.rewards outputs/run/rollouts/100.jsonl --preset guarded
-
-which is soundmind.rescore: it reads JSON lines (verl's dumps or our predictions) and prints the
-component table. Importing this module needs the standard library alone.
+What is read and printed: `soundmind.task.rescore`. What a response earns, and how
+`reward.custom_reward_function` names it: `soundmind.task.reward`. Importing this module needs the
+standard library alone.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
+import argparse
+import json
 import logging
-import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-from soundmind import guards
-from soundmind.labels import (
-    ENTAILMENT,
-    LabelSet,
-    Response,
-    parse_spoken_verdict,
-    split_response,
-)
+from soundmind.task.labels import LabelSet
+from soundmind.task.rescore import component_table, read_saved, rescore
+from soundmind.task.reward import PRESETS, compute_score, resolve
 
-logger = logging.getLogger(__name__)
-
-ComponentFn = Callable[[str, dict[str, Any]], float]
-LengthUnit = Literal["tokens", "words"]
-
-COMPONENTS = ("text_format", "audio_format", "answer", "text_length", "audio_length")
-AUDIO_COMPONENTS = ("audio_format", "audio_length")
-# Not summed; verl promotes `acc` to val-core and takes majority votes over `pred`.
-RATE_KEYS = ("acc", "parsed", "reward_error")
-OTHER_KEYS = ("score", "pred", "response_tokens")
-
-# What a dumped rollout must carry besides the components to be graded again by any preset.
-ROW_KEYS = (
-    "reference_tokens",
-    "reference_words",
-    "reference_seconds",
-    "reference_speech_tokens",
-    "response_tokens",
-    "speech_transcript",
-    "speech_seconds",
-    "speech_tokens",
-)
+__all__ = ["LabelSet", "compute_score", "main"]  # documented names, handed on
 
 
-def _weights(*values: float, **others: float) -> dict[str, float]:
-    return {**dict(zip(COMPONENTS, values, strict=True)), **others}
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps({k: v for k, v in line.items() if k != "row"}) + "\n")
+    os.replace(temporary, path)
 
 
-# Weights in the order of COMPONENTS. The ablations are the printed rows of table 7, also the
-# second, which raises the audio weights to 1.0 while it removes the text terms.
-PRESETS: dict[str, dict[str, float]] = {
-    "paper": _weights(1.0, 0.5, 2.0, 1.0, 0.75),  # [paper] sec. 5.1
-    "no_audio_rewards": _weights(1.0, 0.0, 2.0, 1.0, 0.0),  # [paper] table 7
-    "no_text_rewards": _weights(0.0, 1.0, 2.0, 0.0, 1.0),  # [paper] table 7
-    "no_answer_reward": _weights(1.0, 0.5, 0.0, 1.0, 0.75),  # [paper] table 7
-    # [ours] the paper's weights, soundmind.guards, and a price on not committing to a verdict
-    "guarded": _weights(1.0, 0.5, 2.0, 1.0, 0.75, no_verdict=-0.25),
-}
+def _kwargs_from_config(path: Path) -> dict[str, Any]:
+    """`reward.custom_reward_function.reward_kwargs` of a YAML file, as plain containers."""
+    from omegaconf import OmegaConf
 
-_PLUGIN_PREFIX = "pkg://"
-_VERL_KWARGS = ("reward_router_address", "reward_model_tokenizer")  # sent with a reward model
-_CONFIG_KEYS = ("preset", "weights", "length_unit", "labels", "components")
+    node = OmegaConf.select(OmegaConf.load(path), "reward.custom_reward_function.reward_kwargs")
+    if node is None:
+        raise ValueError(f"{path}: no reward.custom_reward_function.reward_kwargs in it")
+    plain: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    return plain
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """A component from outside this module: `fn(response, row)`, in [0, 1], times `weight`."""
-
-    name: str
-    fn: ComponentFn
-    weight: float
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A resolved reward: everything the configuration says, checked once."""
-
-    preset: str
-    weights: Mapping[str, float]  # built-in components first, then plug-ins, in log order
-    length_unit: LengthUnit
-    labels: LabelSet
-    plugins: tuple[Plugin, ...]
-
-    @property
-    def guarded(self) -> bool:
-        return self.preset == "guarded"
-
-    def maximum(self, has_speech: bool = False) -> float:
-        """The most a response can score: the positive weights of the terms it is graded on."""
-        return sum(
-            max(0.0, weight)
-            for name, weight in self.weights.items()
-            if has_speech or name not in AUDIO_COMPONENTS
-        )
-
-
-def compute_score(
-    data_source: str,
-    solution_str: str,
-    ground_truth: str,
-    extra_info: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-) -> dict[str, float | int | str]:
-    """Grade one response; verl's contract, so the argument names are verl's.
-
-    `solution_str` is the decoded response alone. `extra_info` may hold the keys of ROW_KEYS; the
-    rollout's token count also comes as the keyword `response_tokens`. Returns `score`, every
-    component, `acc` (the verdict is right, whatever the format), `pred` (the verdict or ""),
-    `parsed` (there is a verdict), `response_tokens` (-1 if unknown) and `reward_error` (a
-    plug-in failed or the ground truth is no label; its part counts 0 and the log has the cause):
-    the same keys for every response of a configuration.
-
-    Never raises on a response: verl would drop the whole group of rollouts without a trace. A
-    wrong configuration raises ValueError; `resolve` finds it before a run starts.
-    """
-    response_tokens = kwargs.pop("response_tokens", None)
-    reward = _resolve_cached(kwargs)
-    row: Mapping[str, Any] = extra_info if isinstance(extra_info, Mapping) else {}
-    num_tokens = quantity(
-        row.get("response_tokens") if response_tokens is None else response_tokens
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m soundmind.rewards",
+        description="Score saved responses again and print what every component earned.",
     )
-
-    response = split_response(solution_str, reward.labels)
-    values = _grade(reward, response, row, num_tokens)
-    truth = reward.labels.read(str(ground_truth))
-    right = truth is not None and response.verdict == truth
-    values["answer"] = 1.0 if right and values["text_format"] == 1.0 else 0.0
-
-    failed = truth is None
-    if failed:
-        _log_once(
-            logging.ERROR,
-            "ground truth %r of %s is none of %s: the answer counts 0 and reward_error 1; "
-            "see reward_kwargs.labels",
-            ground_truth,
-            data_source,
-            reward.labels.labels,
-        )
-    if reward.plugins:
-        full_row = {**row, "data_source": data_source, "ground_truth": ground_truth}
-        full_row["response_tokens"] = None if num_tokens is None else int(num_tokens)
-        for plugin in reward.plugins:
-            value = _plugin_value(plugin, solution_str, full_row)
-            failed = failed or value is None
-            values[plugin.name] = 0.0 if value is None else value
-
-    score = 0.0
-    for name, weight in reward.weights.items():
-        score += weight * values[name]
-    return {
-        "score": score,
-        **values,
-        "acc": 1.0 if right else 0.0,
-        "pred": response.verdict or "",
-        "parsed": 0.0 if response.verdict is None else 1.0,
-        "response_tokens": -1 if num_tokens is None else int(num_tokens),
-        "reward_error": 1.0 if failed else 0.0,
-    }
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--config", type=Path, help="YAML whose reward_kwargs to use")
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: the config's, or paper")
+    parser.add_argument("--length-unit", choices=["tokens", "words"], help="default: tokens")
+    parser.add_argument("--labels", help="other labels, comma-separated: A,B,C,D")
+    parser.add_argument("--output", type=Path, help="write the lines with their new scores here")
+    return parser
 
 
-def _grade(
-    reward: Reward, response: Response, row: Mapping[str, Any], num_tokens: float | None
-) -> dict[str, float]:
-    """The built-in components in their fixed order; `answer` is left 0 for the caller."""
-    unit, ratio = length_ratio(reward.length_unit, response.text, row, num_tokens)
-    if unit != reward.length_unit:
-        _log_once(
-            logging.WARNING,
-            "response_tokens or reference_tokens is missing: text_length is measured in words, "
-            "not in tokens",
-        )
-    if ratio is None:
-        _log_once(
-            logging.WARNING,
-            "row without a reference length in %s: it loses text_length, weight and all",
-            unit,
-        )
-        ratio = 0.0
-    audio_format, audio_length = _audio_terms(reward, row)
-    values = {
-        "text_format": 1.0 if response.well_formed else 0.0,
-        "audio_format": audio_format,
-        "answer": 0.0,
-        "text_length": min(1.0, ratio),
-        "audio_length": audio_length,
-    }
-    if reward.guarded:
-        if guards.is_loop(response.thinking):
-            values["text_format"] = 0.0
-        credit = min(1.0, ratio * guards.novelty_factor(guards.novelty(response.text)))
-        values["text_length"] = credit * guards.over_length_factor(ratio)
-        values["no_verdict"] = 1.0 if response.verdict is None else 0.0
-    return values
-
-
-def length_ratio(
-    unit: LengthUnit, text: str, row: Mapping[str, Any], num_tokens: float | None
-) -> tuple[LengthUnit, float | None]:
-    """(unit used, L / L_ref without the cap); None where the row has no reference length.
-
-    Tokens need the rollout's count and `reference_tokens`; where either is missing, words against
-    `reference_words` stand in, since they need no tokenizer. [ours]
-    """
-    if unit == "tokens" and num_tokens is not None:
-        reference = quantity(row.get("reference_tokens"))
-        if reference:
-            return "tokens", num_tokens / reference
-    reference = quantity(row.get("reference_words"))
-    return "words", len(text.split()) / reference if reference else None
-
-
-def _audio_terms(reward: Reward, row: Mapping[str, Any]) -> tuple[float, float]:
-    """(audio_format, audio_length) of the response's speech; 0.0 for what cannot be told.
-
-    `speech_transcript` is what a recogniser heard; `speech_tokens` are codec tokens, the paper's
-    unit, and `speech_seconds` the fallback. The paper does not say what well-formed audio is; here
-    the transcript must end on a verdict. [ours]
-    """
-    transcript = row.get("speech_transcript")
-    tokens, seconds = quantity(row.get("speech_tokens")), quantity(row.get("speech_seconds"))
-    if transcript is None and tokens is None and seconds is None:
-        _log_once(
-            logging.WARNING,
-            "response without speech: audio_format and audio_length drop out, weight and all "
-            "(under the paper's weights the maximum is 4.0 instead of 5.25)",
-        )
-        return 0.0, 0.0
-
-    audio_format = 0.0
-    if isinstance(transcript, str):
-        audio_format = float(parse_spoken_verdict(transcript, reward.labels) is not None)
-    else:
-        _log_once(
-            logging.WARNING,
-            "speech without speech_transcript: it loses audio_format, weight and all",
-        )
-    reference = quantity(row.get("reference_speech_tokens"))
-    length = tokens
-    if not reference or length is None:
-        reference, length = quantity(row.get("reference_seconds")), seconds
-    if not reference or length is None:
-        _log_once(
-            logging.WARNING,
-            "speech without a length and its reference in one unit (speech_tokens with "
-            "reference_speech_tokens, or speech_seconds with reference_seconds): it loses "
-            "audio_length, weight and all",
-        )
-        return audio_format, 0.0
-    return audio_format, min(1.0, length / reference)
-
-
-def _plugin_value(plugin: Plugin, response: str, row: dict[str, Any]) -> float | None:
-    """The plug-in's value, or None (and one log entry) if it fails or leaves [0, 1]."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module docstring. Returns 2 for input that cannot be read."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
     try:
-        value = float(plugin.fn(response, row))
-    except Exception:
-        _log_once(
-            logging.ERROR,
-            "component %r raised: it counts 0 and reward_error 1 wherever it does",
-            plugin.name,
-            about=plugin.name,
-            exc_info=True,
-        )
-        return None
-    if not 0.0 <= value <= 1.0:
-        _log_once(
-            logging.ERROR,
-            "component %r returned %r, outside [0, 1]: it counts 0 and reward_error 1 wherever "
-            "it does",
-            plugin.name,
-            value,
-            about=plugin.name,
-        )
-        return None
-    return value
+        kwargs = _kwargs_from_config(options.config) if options.config else {}
+        if options.preset:
+            kwargs["preset"] = options.preset
+        if options.length_unit:
+            kwargs["length_unit"] = options.length_unit
+        if options.labels:
+            kwargs["labels"] = options.labels.split(",")
+        reward = resolve(**kwargs)
+        graded = [
+            line
+            for path in options.files
+            for line in rescore(read_saved(path, reward.labels), **kwargs)
+        ]
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not graded:
+        print(f"{options.files[0]}: no responses in it", file=sys.stderr)
+        return 2
 
-
-def quantity(value: Any) -> float | None:
-    """A count or duration as a float, or None where it is missing, negative or not finite."""
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if 0.0 <= number < math.inf else None
-
-
-_logged: set[tuple[str, str]] = set()
-
-
-def _log_once(
-    level: int, message: str, *args: object, about: str = "", exc_info: bool = False
-) -> None:
-    """Log a message once per process (and per `about`), never per response."""
-    if (message, about) not in _logged:
-        _logged.add((message, about))
-        logger.log(level, message + " (said once per process)", *args, exc_info=exc_info)
-
-
-# ---------------------------------------------------------------------------------------------
-# Configuration
-
-
-def resolve(**reward_kwargs: Any) -> Reward:
-    """Check a configuration and load what it names; ValueError says which key is wrong.
-
-    Takes `reward_kwargs` of the YAML as plain or OmegaConf containers. A trainer calls this before
-    a run, so that a misspelt weight stops it at once and not in a worker.
-    """
-    return _build(_freeze({k: v for k, v in reward_kwargs.items() if k not in _VERL_KWARGS}))
-
-
-def component_names(**reward_kwargs: Any) -> tuple[str, ...]:
-    """The components this configuration sums, in log order: built-in ones, then plug-ins."""
-    return tuple(resolve(**reward_kwargs).weights)
-
-
-def max_score(has_speech: bool = False, **reward_kwargs: Any) -> float:
-    """The highest score under a configuration: 5.25 for the paper's with speech, 4.0 without."""
-    return resolve(**reward_kwargs).maximum(has_speech)
-
-
-_last: tuple[dict[str, Any], Reward] | None = None
-
-
-def _resolve_cached(kwargs: dict[str, Any]) -> Reward:
-    """`resolve`, at the cost of a few comparisons when verl sends the same objects again.
-
-    OmegaConf containers are slow to walk and verl passes the very same ones each time, so they are
-    compared by identity. Plain dicts and lists are cheap to walk and could have been changed.
-    """
-    global _last
-    last = _last
-    if (
-        last is not None
-        and len(kwargs) == len(last[0])
-        and all(
-            value is last[0].get(key, last) and not isinstance(value, (dict, list))
-            for key, value in kwargs.items()
-        )
-    ):
-        return last[1]
-    reward = resolve(**kwargs)
-    _last = (dict(kwargs), reward)
-    return reward
-
-
-def _freeze(value: Any) -> Any:
-    """Nested containers, OmegaConf's included, as nested tuples that can be hashed."""
-    if isinstance(value, Mapping):
-        return ("mapping", tuple((str(key), _freeze(value[key])) for key in value))
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ("sequence", tuple(_freeze(item) for item in value))
-    return value
-
-
-def _thaw(value: Any) -> Any:
-    if isinstance(value, tuple):
-        kind, items = value
-        if kind == "mapping":
-            return {key: _thaw(item) for key, item in items}
-        return [_thaw(item) for item in items]
-    return value
-
-
-@functools.lru_cache(maxsize=64)
-def _build(frozen: Any) -> Reward:
-    config: dict[str, Any] = _thaw(frozen)
-    unknown = sorted(set(config) - set(_CONFIG_KEYS))
-    if unknown:
-        raise ValueError(
-            f"reward_kwargs: unknown key {unknown[0]!r}; known: {_names(_CONFIG_KEYS)}"
-        )
-    preset = config.get("preset") or "paper"
-    if preset not in PRESETS:
-        raise ValueError(f"reward_kwargs.preset: {preset!r} is none of {_names(PRESETS)}")
-    unit = config.get("length_unit") or "tokens"
-    if unit not in ("tokens", "words"):
-        raise ValueError(f"reward_kwargs.length_unit: {unit!r} is neither 'tokens' nor 'words'")
-
-    weights = dict(PRESETS[preset])
-    for name, weight in (config.get("weights") or {}).items():
-        if name not in weights:
-            raise ValueError(
-                f"reward_kwargs.weights: {name!r} is no component of preset {preset!r}; "
-                f"it has {_names(weights)} (a new one goes under reward_kwargs.components)"
-            )
-        weights[name] = _weight(weight, f"reward_kwargs.weights.{name}")
-    plugins = tuple(_load_plugin(entry) for entry in config.get("components") or [])
-    for plugin in plugins:
-        if plugin.name in weights or plugin.name in (*RATE_KEYS, *OTHER_KEYS):
-            raise ValueError(f"reward_kwargs.components: the name {plugin.name!r} is taken")
-        weights[plugin.name] = plugin.weight
-    labels = _load_labels(config.get("labels"))
-    reward = Reward(preset, weights, cast(LengthUnit, unit), labels, plugins)
-    logger.info(
-        "reward preset %s: %s; at most %g, with speech %g",
-        preset,
-        " + ".join(f"{weight:g} {name}" for name, weight in weights.items()),
-        reward.maximum(),
-        reward.maximum(has_speech=True),
-    )
-    return reward
-
-
-def _load_plugin(entry: Any) -> Plugin:
-    """Load `{name, path, weight}`; the path names the function or defaults to the entry's name."""
-    if not isinstance(entry, dict) or not {"name", "path"} <= set(entry):
-        raise ValueError(
-            "reward_kwargs.components: each entry is {name: ..., path: pkg://module:function, "
-            f"weight: 1.0}}, got {entry!r}"
-        )
-    unknown = sorted(set(entry) - {"name", "path", "weight"})
-    if unknown:
-        raise ValueError(f"reward_kwargs.components: unknown key {unknown[0]!r} in {entry!r}")
-    name = str(entry["name"])
-    where = f"reward_kwargs.components.{name}"
-    fn = (
-        _load_object(entry["path"], name, where)
-        if isinstance(entry["path"], str)
-        else entry["path"]
-    )
-    if not callable(fn):
-        raise ValueError(f"{where}.path: {entry['path']!r} is not a function")
-    return Plugin(name, fn, _weight(entry.get("weight", 1.0), f"{where}.weight"))
-
-
-def _load_labels(spec: Any) -> LabelSet:
-    """A label set from its name, a list of labels, {label: [spellings]}, or pkg://module:NAME."""
-    if spec is None or spec == ENTAILMENT.name:
-        return ENTAILMENT
-    if isinstance(spec, LabelSet):
-        return spec
-    if isinstance(spec, (list, dict)):
-        table = spec if isinstance(spec, dict) else dict.fromkeys(spec, ())
-        if not all(isinstance(label, str) for label in table):
-            raise ValueError(f"reward_kwargs.labels: quote the labels, YAML read {list(table)}")
-        return LabelSet.build("/".join(table), {k: list(v or ()) for k, v in table.items()})
-    where = "reward_kwargs.labels"
-    loaded = _load_object(spec, "LABELS", where) if isinstance(spec, str) else None
-    if not isinstance(loaded, LabelSet):
-        raise ValueError(
-            f"{where}: {spec!r} is no label set; give 'entailment', a list such as [A, B, C, D], "
-            "{label: [spellings]}, or pkg://module:NAME of a soundmind.labels.LabelSet"
-        )
-    return loaded
-
-
-def _load_object(path: str, default_name: str, where: str) -> Any:
-    if not path.startswith(_PLUGIN_PREFIX):
-        raise ValueError(f"{where}: {path!r} does not begin with {_PLUGIN_PREFIX}")
-    module_name, _, attribute = path[len(_PLUGIN_PREFIX) :].replace("/", ".").partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"{where}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?"
-        ) from error
-    attribute = attribute or default_name
-    if not hasattr(module, attribute):
-        raise ValueError(f"{where}: {module_name!r} has no {attribute!r}")
-    return getattr(module, attribute)
-
-
-def _weight(value: Any, where: str) -> float:
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise ValueError(f"{where}: {value!r} is not a finite number")
-    return weight
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names)
+    sources = sorted({str(line.get("data_source", "")) for line in graded})
+    for source in sources:
+        part = [line for line in graded if str(line.get("data_source", "")) == source]
+        of = f" of {source}" if source else ""
+        print(f"{len(part)} responses{of}, preset {reward.preset}, labels {reward.labels.name}")
+        print(component_table(part, reward), end="\n\n")
+    if options.output:
+        _write_lines(options.output, graded)
+        print(f"wrote {options.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    from soundmind.rescore import main
-
     sys.exit(main())

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from soundmind import audio
-from soundmind.audio import (
+from soundmind.data import audio
+from soundmind.data.audio import (
     MAX_CLIP_SAMPLES,
     SAMPLE_RATE,
     ClipError,
@@ -110,7 +110,7 @@ def test_complete_processor_inserts_as_many_placeholders(seconds: float, complet
 def complete() -> Any:
     """The stand-in checkpoint's processor: the published classes and values, a small tokenizer."""
     pytest.importorskip("transformers")
-    tiny = pytest.importorskip("soundmind.tiny")
+    tiny = pytest.importorskip("soundmind.standin.tiny")
     return tiny.build_processor(tiny.build_tokenizer(tiny.tokenizer_corpus()))
 
 

@@ -17,8 +17,10 @@ from processes import REPOSITORY, clean_environment
 
 pytest.importorskip("verl")
 
-from soundmind import checks, preprocess
-from soundmind.train import compose_config
+from soundmind import preprocess
+from soundmind.data import lengths
+from soundmind.run import checks
+from soundmind.run.config import compose_config
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +237,7 @@ def test_a_missing_3b_is_not_answered_with_the_7b() -> None:
 @pytest.fixture
 def checkpoint(random_stand_in: Path, tmp_path: Path) -> Path:
     """global_step_4 of a run on two ranks, complete; its shards are empty."""
-    from soundmind import checkpoints
+    from soundmind.model import checkpoints
 
     root = tmp_path / "run/checkpoints"
     actor = root / checkpoints.WRITING / "global_step_4/actor"
@@ -318,7 +320,7 @@ def test_a_processor_that_cuts_clips_is_refused(
 
 
 def test_missing_gpus_point_at_the_stand_in(overrides: list[str]) -> None:
-    from soundmind.run_folder import gpu_names
+    from soundmind.system.machine import gpu_names
 
     if gpu_names():
         pytest.skip("this machine has GPUs")
@@ -342,9 +344,9 @@ def test_missing_gpus_point_at_the_stand_in(overrides: list[str]) -> None:
 def test_a_gpu_that_is_too_small_is_told_before_it_runs_out(
     monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: int, fits: bool
 ) -> None:
-    from soundmind import run_folder
+    from soundmind.system import machine
 
-    monkeypatch.setattr(run_folder, "gpu_memory", lambda: [10**11, gigabytes * 10**9])
+    monkeypatch.setattr(machine, "gpu_memory", lambda: [10**11, gigabytes * 10**9])
     found = list(checks.gpu_memory(configured([], name=name)))
     assert len(found) == (not fits), found
     assert all(problem.startswith("GPU memory: ") for problem in found)
@@ -353,9 +355,9 @@ def test_a_gpu_that_is_too_small_is_told_before_it_runs_out(
 
 def test_usual_adamw_would_not_hold_the_3b(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why that configuration asks for the fused one."""
-    from soundmind import run_folder
+    from soundmind.system import machine
 
-    monkeypatch.setattr(run_folder, "gpu_memory", lambda: [80 * 10**9])
+    monkeypatch.setattr(machine, "gpu_memory", lambda: [80 * 10**9])
     setting = "actor_rollout_ref.actor.optim.override_optimizer_config=null"
     found = list(checks.gpu_memory(configured([setting], name="grpo_3b_1gpu")))
     assert any("update" in problem for problem in found), found
@@ -364,13 +366,13 @@ def test_usual_adamw_would_not_hold_the_3b(monkeypatch: pytest.MonkeyPatch) -> N
 def test_gpu_memory_is_read_from_the_driver_s_list(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from soundmind import run_folder
+    from soundmind.system import machine
 
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 81559\necho '[N/A]'\necho 24564\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert run_folder.gpu_memory() == [81_559 * 2**20, 24_564 * 2**20]
+    assert machine.gpu_memory() == [81_559 * 2**20, 24_564 * 2**20]
 
 
 def test_all_problems_are_reported_at_once(overrides: list[str]) -> None:
@@ -381,11 +383,11 @@ def test_all_problems_are_reported_at_once(overrides: list[str]) -> None:
 def test_the_prompt_count_is_what_the_processor_makes(parquet: Path, random_stand_in: Path) -> None:
     import soundfile
 
-    from soundmind.processor import load_processor
-    from soundmind.prompts import build_messages
+    from soundmind.model.processor import load_processor
+    from soundmind.task.prompts import build_messages
 
     processor = load_processor(str(random_stand_in))
-    row_id, tokens = checks.longest_prompt_tokens(str(parquet / "test.parquet"), processor)
+    row_id, tokens = lengths.longest_prompt_tokens(str(parquet / "test.parquet"), processor)
     clip = REPOSITORY / "data/sample/test" / row_id / "question.wav"
     waveform, rate = soundfile.read(clip, dtype="float32")
     assert rate == 16_000
@@ -414,7 +416,7 @@ def test_the_command_exits_2_and_starts_nothing(tmp_path: Path) -> None:
 VERL_PROBLEMS = """
 import os, sys
 from omegaconf import open_dict
-from soundmind import selection, train
+from soundmind.plugin import environment as selection; from soundmind import train
 selection.select(os.environ, cpu=True)
 config = train.compose_config("grpo_tiny_cpu", [f"actor_rollout_ref.model.path='{sys.argv[1]}'"])
 print("sound:", list(train.verl_problems(config)))

@@ -15,8 +15,8 @@ from processes import REPOSITORY, clean_environment
 
 pytest.importorskip("verl")
 
-from soundmind.rewards import resolve
-from soundmind.train import CONFIG_DIR, ConfigError, compose_config, config_names
+from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config, config_names
+from soundmind.task.reward import resolve
 
 STAND_IN = "grpo_tiny_cpu"
 PUBLISHED = [name for name in config_names() if name != STAND_IN]
@@ -30,12 +30,12 @@ def test_config_composes_and_keeps_the_plugin(name: str) -> None:
     config = composed(name)
     parts = config.actor_rollout_ref
     model, rollout = parts.model, parts.rollout
-    assert model._target_ == "soundmind.verl_ext.model.OmniModelConfig"
+    assert model._target_ == "soundmind.training.model_config.OmniModelConfig"
     assert model.model_type == "omni_thinker"
     assert not model.use_fused_kernels
     assert parts.actor.strategy == parts.ref.strategy == "fsdp2"
     for side in (parts.actor, parts.ref):
-        assert side.fsdp_config._target_ == "soundmind.verl_ext.model.OmniEngineConfig"
+        assert side.fsdp_config._target_ == "soundmind.training.model_config.OmniEngineConfig"
         assert side.fsdp_config.train_audio_tower == config.train.audio_tower
         assert side.fsdp_config.train_projector == config.train.projector
     assert rollout.agent.default_agent_loop == "soundmind_audio"

@@ -17,22 +17,25 @@ import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("verl")
-tiny = pytest.importorskip("soundmind.tiny")
+tiny = pytest.importorskip("soundmind.standin.tiny")
 
-from omegaconf import OmegaConf  # noqa: E402
-from verl.utils.dataset.rl_dataset import (  # noqa: E402
+from omegaconf import OmegaConf
+from verl.utils.dataset.rl_dataset import (
     RLHFDataset,
     collate_fn,
     get_dataset_class,
 )
 
-from soundmind import preprocess  # noqa: E402
-from soundmind.audio import load_waveform  # noqa: E402
-from soundmind.clips import ClipCache, load_clip  # noqa: E402
-from soundmind.dataset import AudioRLHFDataset  # noqa: E402
-from soundmind.prompts import build_messages  # noqa: E402
+from soundmind import preprocess
+from soundmind.data.audio import load_waveform
+from soundmind.data.clips import (
+    ClipCache,
+    load_clip,
+)
+from soundmind.task.prompts import build_messages
+from soundmind.training.dataset import AudioRLHFDataset
 
-CUSTOM = {"path": "pkg://soundmind.dataset", "name": "AudioRLHFDataset"}
+CUSTOM = {"path": "pkg://soundmind.training.dataset", "name": "AudioRLHFDataset"}
 MakeData = Callable[..., Path]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from processes import REPOSITORY, clean_environment
 
-from soundmind import checkpoints
+from soundmind.model import checkpoints
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("verl")
@@ -133,7 +133,7 @@ def test_a_resumed_run_has_every_step_exactly_once(run: dict[str, Any]) -> None:
 
 
 def test_every_step_logs_components_lengths_kl_agreement_and_timings(run: dict[str, Any]) -> None:
-    from soundmind.rewards import COMPONENTS
+    from soundmind.task.reward import COMPONENTS
 
     wanted = [f"reward/{name}/mean" for name in (*COMPONENTS, "accuracy", "parsed")]
     wanted += ["response_length/mean", "actor/kl_loss", "actor/grad_norm", "timing_s/step"]
@@ -224,7 +224,7 @@ def test_no_process_of_the_killed_launch_is_left(run: dict[str, Any]) -> None:
 def test_the_export_loads_as_the_full_class_with_the_trained_thinker(run: dict[str, Any]) -> None:
     from transformers import Qwen2_5OmniForConditionalGeneration
 
-    from soundmind.export import find_checkpoint, load_sharded_state
+    from soundmind.model.export import find_checkpoint, load_sharded_state
 
     model = Qwen2_5OmniForConditionalGeneration.from_pretrained(
         run["folder"] / "export", dtype=torch.float32

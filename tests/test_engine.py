@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("verl")
 
-from processes import REPOSITORY, start_ranks  # noqa: E402
+from processes import REPOSITORY, start_ranks
 
 TOLERANCE = 1e-5  # relative, in fp32
 ONE_RANK_CASES = [

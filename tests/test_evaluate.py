@@ -23,13 +23,16 @@ import pytest
 from processes import REPOSITORY, clean_environment
 from saved_evaluation import alr_test_lines, save, saved_line
 
-from soundmind import eval_models, evaluate
-from soundmind.eval_compare import CompareError, compare
-from soundmind.eval_data import DataError, read_examples
-from soundmind.eval_grade import paper_figures
-from soundmind.eval_models import ADAPTERS, ModelError, known_models, open_model, render
-from soundmind.eval_store import Store, StoreError, read_predictions
-from soundmind.eval_text import OutOfMemory, as_memory_error
+from soundmind import evaluate as soundmind_evaluate
+from soundmind.evaluation import evaluate
+from soundmind.evaluation.compare import CompareError, compare
+from soundmind.evaluation.examples import DataError, read_examples
+from soundmind.evaluation.grade import paper_figures
+from soundmind.evaluation.models import ADAPTERS, known_models, open_model, render
+from soundmind.evaluation.store import Store, StoreError, read_predictions
+from soundmind.evaluation.text import OutOfMemory, as_memory_error
+from soundmind.model.folder import ModelError
+from soundmind.system import hub
 
 # --- grading --------------------------------------------------------------------------------------
 
@@ -38,7 +41,7 @@ from soundmind.eval_text import OutOfMemory, as_memory_error
 def graded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """656 saved answers of published length, 534 right, graded by the command."""
     folder = save(tmp_path_factory.mktemp("graded") / "ours", alr_test_lines())
-    assert evaluate.main(["grade", str(folder)]) == 0
+    assert soundmind_evaluate.main(["grade", str(folder)]) == 0
     return folder
 
 
@@ -124,9 +127,9 @@ def test_foreign_predictions_are_refused_with_the_key_they_lack(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save(tmp_path / "x", [{"index": 0, "prompt": "?", "completion": "!"}])
-    assert evaluate.main(["grade", str(folder)]) == 2
+    assert soundmind_evaluate.main(["grade", str(folder)]) == 2
     assert "lacks 'data_source'" in capsys.readouterr().err
-    assert evaluate.main(["grade", str(tmp_path)]) == 2
+    assert soundmind_evaluate.main(["grade", str(tmp_path)]) == 2
     assert "no config.yaml" in capsys.readouterr().err
 
 
@@ -144,7 +147,7 @@ def test_compare_counts_rows_won_and_lost_and_corrects_for_several(
         for name, lines in {"base": base, "better": better, "same": same}.items()
     ]
     output = tmp_path / "comparison.json"
-    assert evaluate.main(["compare", *folders, "--output", str(output)]) == 0
+    assert soundmind_evaluate.main(["compare", *folders, "--output", str(output)]) == 0
     assert "won" in capsys.readouterr().out
     first, second = json.loads(output.read_text())["comparisons"]
     assert (first["won"]["count"], first["lost"]["count"]) == (30, 5)
@@ -323,9 +326,9 @@ def test_out_of_memory_starts_over_with_half_the_sequences(
     started: list[list[str]] = []
     monkeypatch.setattr(evaluate, "run", fail)
     monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
-    evaluate.main(["--model", "m", "--data", "d.parquet", "--max-num-seqs", "16"])
+    soundmind_evaluate.main(["--model", "m", "--data", "d.parquet", "--max-num-seqs", "16"])
     assert started[0][-2:] == ["--max-num-seqs", "8"]
-    assert evaluate.parse_options(started[0][3:]).max_num_seqs == 8
+    assert soundmind_evaluate.parse_options(started[0][3:]).max_num_seqs == 8
     assert "max_num_seqs=16" in capsys.readouterr().err
 
 
@@ -336,7 +339,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_advice(
         raise OutOfMemory(1, RuntimeError("CUDA out of memory"))
 
     monkeypatch.setattr(evaluate, "run", fail)
-    assert evaluate.main(["--model", "m", "--data", "d.parquet"]) == 2
+    assert soundmind_evaluate.main(["--model", "m", "--data", "d.parquet"]) == 2
     assert "--tensor-parallel" in capsys.readouterr().err
 
 
@@ -458,7 +461,7 @@ def test_no_model_and_no_hub_are_plain_messages(
 ) -> None:
     with pytest.raises(ModelError, match="no such folder, and not a Hub id"):
         open_model(str(tmp_path / "nowhere"))
-    monkeypatch.setattr(eval_models, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(ModelError, match=r"cannot be reached.*hf download"):
         open_model("nobody-here/no-model-9f2")
@@ -592,7 +595,7 @@ def test_other_verdicts_are_refused(parquet: Path) -> None:
 def test_bad_input_ends_with_status_2_and_one_line(
     parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = evaluate.main(["--model", str(tmp_path / "nowhere"), "--data", str(parquet)])
+    status = soundmind_evaluate.main(["--model", str(tmp_path / "nowhere"), "--data", str(parquet)])
     error = capsys.readouterr().err
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
 

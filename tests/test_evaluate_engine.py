@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from processes import REPOSITORY, clean_environment
 
-from soundmind.eval_data import read_examples
-from soundmind.eval_store import read_predictions
+from soundmind.evaluation.examples import read_examples
+from soundmind.evaluation.store import read_predictions
 
 pytest.importorskip("vllm")
 SAMPLE = REPOSITORY / "data/sample"
@@ -95,8 +95,8 @@ def test_an_interrupted_evaluation_ends_like_an_undisturbed_one(work: Path) -> N
 
 
 def test_prompts_are_those_of_training(work: Path, random_stand_in: Path) -> None:
-    from soundmind.clips import load_clip
-    from soundmind.processor import load_processor
+    from soundmind.data.clips import load_clip
+    from soundmind.model.processor import load_processor
 
     processor = load_processor(str(random_stand_in))
     lines = read_predictions(work / "whole")
@@ -178,7 +178,7 @@ def test_the_output_folder_holds_what_is_promised(work: Path) -> None:
 
 
 def test_saved_predictions_can_be_scored_again_under_another_reward(work: Path) -> None:
-    from soundmind.rescore import read_saved, rescore
+    from soundmind.task.rescore import read_saved, rescore
 
     lines = rescore(read_saved(work / "whole/predictions.jsonl"), preset="guarded")
     assert len(lines) == ROWS and all(line["reward_error"] == 0 for line in lines)

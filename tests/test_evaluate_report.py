@@ -10,7 +10,7 @@ from processes import REPOSITORY
 from saved_evaluation import save, saved_line
 from webdriver import ENTER, Browser, browser
 
-from soundmind import evaluate
+from soundmind.evaluation import evaluate
 
 CLIP = REPOSITORY / "data/sample/test/0001/question.wav"
 ROWS, WRONG = 12, 4

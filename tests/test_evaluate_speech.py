@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from processes import REPOSITORY, clean_environment
 
-from soundmind.eval_store import read_predictions
+from soundmind.evaluation.store import read_predictions
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -98,7 +98,7 @@ def test_speech_lies_beside_the_predictions_at_24_khz(spoken: Path) -> None:
 def test_what_defines_the_word_error_rate_stands_beside_it(spoken: Path, whisper: Path) -> None:
     import jiwer
 
-    from soundmind.transcripts import saved_normaliser
+    from soundmind.evaluation.transcripts import saved_normaliser
 
     speech = json.loads((spoken / "metrics.json").read_text())["speech"]
     assert speech["recogniser"] == str(whisper)
@@ -150,7 +150,7 @@ def test_an_unknown_voice_names_the_known_ones(
 
 
 def test_windows_of_the_vocoder_join_to_the_length_of_one_piece() -> None:
-    from soundmind.eval_speech import CONTEXT_CODES, WindowedVocoder
+    from soundmind.evaluation.speech import CONTEXT_CODES, WindowedVocoder
 
     class Echo(torch.nn.Module):  # type: ignore[name-defined,misc]
         """Four samples per code, each the code's own number."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from soundmind import checkpoints
-from soundmind.export import ExportError, export, find_checkpoint, main
-from soundmind.run_folder import RunFolder
+from soundmind.export import main
+from soundmind.model import checkpoints
+from soundmind.model.export import ExportError, export, find_checkpoint
+from soundmind.run.folder import RunFolder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -219,7 +220,7 @@ def test_the_newest_complete_checkpoint_is_taken(
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
-    from soundmind.export import load_sharded_state
+    from soundmind.model.export import load_sharded_state
 
     (tmp_path / "fsdp_config.json").write_text('{"world_size": 2}')
     torch.save({}, tmp_path / "model_world_size_2_rank_0.pt")

@@ -12,11 +12,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("verl")
 
-from soundmind.features import wrap_extractor  # noqa: E402
-from soundmind.processor import load_processor  # noqa: E402
-from soundmind.verl_ext import feature_store  # noqa: E402
-from soundmind.verl_ext.agent_loop import EncodedPrompt, PromptEncodings  # noqa: E402
-from soundmind.verl_ext.feature_store import (  # noqa: E402
+from soundmind.model.features import wrap_extractor
+from soundmind.model.processor import load_processor
+from soundmind.training import feature_store
+from soundmind.training.agent_loop import (
+    EncodedPrompt,
+    PromptEncodings,
+)
+from soundmind.training.feature_store import (
     CLIP_KEY,
     STEP,
     ClipReader,

@@ -10,7 +10,10 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
-from soundmind.features import FeatureCache, wrap_extractor  # noqa: E402
+from soundmind.model.features import (
+    FeatureCache,
+    wrap_extractor,
+)
 
 RATE = 16_000
 

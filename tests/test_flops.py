@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from processes import REPOSITORY, clean_environment
 
-from soundmind import flops, sizes
-from soundmind.flops import Trained
-from soundmind.random_thinker import random_thinker
+from soundmind.planning import flops, sizes
+from soundmind.planning.flops import Trained
+from soundmind.standin.random_thinker import random_thinker
+from soundmind.training import utilisation
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from soundmind.policy import as_policy  # noqa: E402 - needs torch
+from soundmind.training.policy import as_policy
 
 LENGTHS, FRAMES = [100], [231]  # 231 mel frames: a full window and a part
 
@@ -129,7 +130,7 @@ def test_a_frozen_tower_costs_its_forward(small: Any, projector: bool) -> None:
 
 def test_lora_saves_the_weight_gradients(small: Any) -> None:
     peft = pytest.importorskip("peft")
-    from soundmind.parts import LANGUAGE_MODEL_LINEARS
+    from soundmind.model.parts import LANGUAGE_MODEL_LINEARS
 
     size, model = small
     rank = 16
@@ -179,12 +180,12 @@ def test_without_the_embedding_it_is_verls_own_convention() -> None:
 @pytest.fixture()
 def no_clips() -> Any:
     """Nothing encoded before and after."""
-    from soundmind.policy import ENCODED_FRAMES
+    from soundmind.training.policy import ENCODED_FRAMES
 
     ENCODED_FRAMES.take()
     yield ENCODED_FRAMES
     ENCODED_FRAMES.take()
-    flops.CURRENT_PASS.begin(False, Trained())
+    utilisation.CURRENT_PASS.begin(False, Trained())
 
 
 def test_verls_counter_gives_the_utilisation(
@@ -193,7 +194,8 @@ def test_verls_counter_gives_the_utilisation(
     counter_module = pytest.importorskip("verl.utils.flops_counter")
     from transformers import Qwen2_5OmniConfig
 
-    from soundmind import patches
+    from soundmind.plugin import patches
+    from soundmind.training import utilisation
 
     config = Qwen2_5OmniConfig.from_pretrained(random_stand_in).thinker_config
     monkeypatch.setattr(counter_module, "ESTIMATE_FUNC", dict(counter_module.ESTIMATE_FUNC))
@@ -201,14 +203,14 @@ def test_verls_counter_gives_the_utilisation(
     monkeypatch.setattr(counter_module, "get_device_flops", lambda: 0.448)  # no device here
     before = counter_module.FlopsCounter(config).estimate_flops([100], 1.0)[0]
     assert before == 0  # what verl says without us
-    patches.thinker_flops()
+    utilisation.thinker_flops()
     counter = counter_module.FlopsCounter(config)
     size = sizes.from_folder(random_stand_in)
     lengths, frames, seconds = [120, 90, 90], [400, 250], 0.5
 
     trained = Trained(audio_tower=False, projector=True)
     no_clips.add([9999])  # encoded for the reference model, say
-    flops.CURRENT_PASS.begin(forward_only=False, trained=trained)
+    utilisation.CURRENT_PASS.begin(forward_only=False, trained=trained)
     no_clips.add(frames[:1])  # two micro-batches
     no_clips.add(frames[1:])
     found, _ = counter.estimate_flops(lengths, seconds, images_seqlens=None)
@@ -220,7 +222,7 @@ def test_verls_counter_gives_the_utilisation(
     expected = flops.text_training_flops(size.text, lengths, trained)
     assert found == pytest.approx(expected / seconds / 1e12)
 
-    flops.CURRENT_PASS.begin(forward_only=True, trained=trained, logits=75)
+    utilisation.CURRENT_PASS.begin(forward_only=True, trained=trained, logits=75)
     no_clips.add(frames)
     found, _ = counter.estimate_flops(lengths, seconds)
     expected = flops.forward_flops(size, lengths, frames, logits=75)
@@ -246,7 +248,7 @@ def test_verl_knows_what_the_device_promises(name: str, tera: float) -> None:
 
 def test_clips_of_all_ranks_are_summed() -> None:
     code = (
-        "import sys, torch.distributed as dist; from soundmind.flops import sum_over_ranks; "
+        "import sys, torch.distributed as dist; from soundmind.planning.flops import sum_over_ranks; "
         "rank = int(sys.argv[1]); "
         "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, "
         "world_size=2); print(sum_over_ranks(10.0 + rank))"

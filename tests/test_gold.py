@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from soundmind import guards
-from soundmind.labels import answer_line, parse_verdict, split_response, verdict_of
-from soundmind.rewards import compute_score
+from soundmind.task import guards
+from soundmind.task.labels import answer_line, parse_verdict, split_response, verdict_of
+from soundmind.task.reward import compute_score
 
 ROOT = Path(__file__).resolve().parents[1]
 ALR_DIR = Path(os.environ.get("SOUNDMIND_ALR_DIR", ROOT.parent / "shared" / "data" / "alr"))

@@ -283,7 +283,7 @@ def test_masters_follow_adamw_in_fp32(check: Any, gpu_check: ModuleType) -> None
 
 def test_the_gpu_form_of_the_end_to_end_run_composes(gpu_check: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("verl")
-    from soundmind.train import compose_config
+    from soundmind.run.config import compose_config
 
     overrides = gpu_check.end_to_end_overrides(tmp_path, "cuda")
     config = compose_config("grpo_tiny_cpu", overrides)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from soundmind import inspect, preprocess
-from soundmind.audio import load_waveform
-from soundmind.clips import read_row, with_clip
+from soundmind import inspect as soundmind_inspect
+from soundmind import preprocess
+from soundmind.data import inspect
+from soundmind.data.audio import load_waveform
+from soundmind.data.rows import read_row, with_clip
 
 MakeData = Callable[..., Path]
 
@@ -30,7 +32,10 @@ def test_row_is_shown_and_its_clip_written(
     root = make_github({"dev": 3})
     path = prepare(root, "dual", *["--embed-audio"] * embed)
     capsys.readouterr()
-    assert inspect.main([str(path), "--row", "1", "--output-dir", str(tmp_path / "out")]) == 0
+    assert (
+        soundmind_inspect.main([str(path), "--row", "1", "--output-dir", str(tmp_path / "out")])
+        == 0
+    )
     page = capsys.readouterr().out
     for expected in ("dev/0001", "entailed  (label 1)", "<|audio_bos|><|AUDIO|>", "clip  "):
         assert expected in page
@@ -45,7 +50,7 @@ def test_counts_by_kind_add_up_to_what_the_processor_makes(
     make_github: MakeData, tmp_path: Path
 ) -> None:
     pytest.importorskip("transformers")
-    tiny = pytest.importorskip("soundmind.tiny")
+    tiny = pytest.importorskip("soundmind.standin.tiny")
     processor = tiny.build_processor(tiny.build_tokenizer(tiny.tokenizer_corpus()))
     processor.save_pretrained(tmp_path / "model")
     path = prepare(make_github({"dev": 2}), "dual")
@@ -67,7 +72,7 @@ def test_text_row_has_no_clip(
     make_github: MakeData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = prepare(make_github({"dev": 2}), "text")
-    assert inspect.main([str(path), "--output-dir", str(tmp_path / "out")]) == 0
+    assert soundmind_inspect.main([str(path), "--output-dir", str(tmp_path / "out")]) == 0
     assert "none in this mode" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
@@ -76,9 +81,9 @@ def test_row_that_is_not_there_is_a_plain_message(
     make_github: MakeData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = prepare(make_github({"dev": 2}), "text")
-    assert inspect.main([str(path), "--row", "2"]) == 2
+    assert soundmind_inspect.main([str(path), "--row", "2"]) == 2
     assert "has rows 0 to 1, asked for 2" in capsys.readouterr().err
-    assert inspect.main([str(path.with_name("none.parquet"))]) == 2
+    assert soundmind_inspect.main([str(path.with_name("none.parquet"))]) == 2
 
 
 LIGHT = ["schema", "prompts", "audio", "sources", "rows", "token_count", "data_report", "hub"]

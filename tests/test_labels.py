@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soundmind.labels import (
+from soundmind.task.labels import (
     ENTAILED,
     ENTAILMENT,
     NOT_ENTAILED,

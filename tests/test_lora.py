@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from processes import REPOSITORY, clean_environment, start_ranks
 
-from soundmind import checkpoints, lora
-from soundmind.export import export
-from soundmind.parts import LANGUAGE_MODEL_LINEARS, language_model_targets, part_of
+from soundmind.model import checkpoints, lora
+from soundmind.model.export import export
+from soundmind.model.parts import LANGUAGE_MODEL_LINEARS, language_model_targets, part_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("verl")
@@ -118,7 +118,7 @@ def test_the_rollout_gets_the_base_plus_the_scaled_product(run: dict[str, Any]) 
 def test_every_name_sent_is_one_of_the_base_folder(
     run: dict[str, Any], random_stand_in: Path
 ) -> None:
-    from soundmind.model_folder import folder_shapes
+    from soundmind.model.folder import folder_shapes
 
     shapes = folder_shapes(random_stand_in)
     missing = {n for n in shapes if n.startswith("thinker.")} - run["sent"].keys()
@@ -188,7 +188,7 @@ def test_adapters_are_float32_beside_a_bfloat16_base(two_ranks: dict[str, Any]) 
 
 
 def test_the_table_counts_the_adapter(one_rank: dict[str, Any], random_stand_in: Path) -> None:
-    from soundmind.parts import table
+    from soundmind.model.parts import table
 
     settings = {"audio_tower": False, "projector": False}
     assert table(random_stand_in, settings, RANK) in one_rank["log"]

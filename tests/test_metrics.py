@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from soundmind import metrics
-from soundmind.metrics import Prediction
+from soundmind.evaluation import metrics
+from soundmind.evaluation.metrics import Prediction
 
 
 def prediction(index: int, label: int, verdict: str | None, **changes: Any) -> dict[str, Any]:
@@ -268,6 +268,6 @@ def test_metrics_import_without_torch_verl_vllm_or_transformers() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'verl', 'vllm', 'transformers', 'jiwer'): sys.modules[name] = None\n"
-        "import soundmind.metrics\n"
+        "import soundmind.evaluation.metrics\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

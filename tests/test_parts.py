@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from processes import REPOSITORY, start_ranks
 
-from soundmind import parts
+from soundmind.model import parts
+from soundmind.run import lora_checks
 
 ALL = {"audio_tower": True, "projector": True}
 NONE = {"audio_tower": False, "projector": False}
@@ -222,15 +223,15 @@ def lora_config(model: Path, **changes: Any) -> Any:
 
 def test_a_lora_run_freezes_the_whole_base(random_stand_in: Path) -> None:
     config = lora_config(random_stand_in)
-    assert list(parts.find_problems(config)) == []
+    assert list(lora_checks.find_problems(config)) == []
     config.train.audio_tower = True
-    (problem,) = parts.find_problems(config)
+    (problem,) = lora_checks.find_problems(config)
     assert "train.audio_tower=false" in problem
     assert "projector=false" not in problem
 
 
 def test_lora_without_merging_is_refused(random_stand_in: Path) -> None:
-    (problem,) = parts.find_problems(lora_config(random_stand_in, lora={}))
+    (problem,) = lora_checks.find_problems(lora_config(random_stand_in, lora={}))
     assert "lora.merge=true" in problem
 
 
@@ -255,16 +256,16 @@ def write_adapter(folder: Path, shape: tuple[int, int], rank: int = 4) -> Path:
 
 def test_an_adapter_is_matched_with_its_base(random_stand_in: Path, tmp_path: Path) -> None:
     good = write_adapter(tmp_path / "good", (4, 128))
-    assert not list(parts.adapter_problems(good, random_stand_in, 4))
-    (problem,) = parts.adapter_problems(good, random_stand_in, 8)
+    assert not list(lora_checks.adapter_problems(good, random_stand_in, 4))
+    (problem,) = lora_checks.adapter_problems(good, random_stand_in, 8)
     assert "rank 4" in problem
     (good / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "use_dora": true}')
-    (problem,) = parts.adapter_problems(good, random_stand_in, 4)
+    (problem,) = lora_checks.adapter_problems(good, random_stand_in, 4)
     assert "use_dora" in problem
     (good / "adapter_config.json").write_text('{"r": 4,')
-    assert len(list(parts.adapter_problems(good, random_stand_in, 4))) == 1
+    assert len(list(lora_checks.adapter_problems(good, random_stand_in, 4))) == 1
     wide = write_adapter(tmp_path / "wide", (4, 3584))
-    (problem,) = parts.adapter_problems(wide, random_stand_in, 4)
+    (problem,) = lora_checks.adapter_problems(wide, random_stand_in, 4)
     assert "layers.0.self_attn.q_proj" in problem
     assert "does not belong to" in problem
 
@@ -272,14 +273,14 @@ def test_an_adapter_is_matched_with_its_base(random_stand_in: Path, tmp_path: Pa
 def test_an_adapter_without_its_base_names_the_base(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", (4, 128))
     config = lora_config(tmp_path / "missing", lora_adapter_path=str(adapter))
-    (problem,) = parts.find_problems(config)
+    (problem,) = lora_checks.find_problems(config)
     assert "checkpoints/Qwen2.5-Omni-7B" in problem
     assert str(tmp_path / "missing") in problem
 
 
 def test_a_folder_that_is_no_adapter_is_named(random_stand_in: Path, tmp_path: Path) -> None:
     config = lora_config(random_stand_in, lora_adapter_path=str(tmp_path))
-    (problem,) = parts.find_problems(config)
+    (problem,) = lora_checks.find_problems(config)
     assert "adapter_config.json" in problem
 
 
@@ -288,4 +289,4 @@ def test_an_adapter_path_without_a_rank_would_be_ignored(
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter", (4, 128))
     config = lora_config(random_stand_in, lora_rank=0, lora_adapter_path=str(adapter))
-    assert any("lora_rank=0" in problem for problem in parts.find_problems(config))
+    assert any("lora_rank=0" in problem for problem in lora_checks.find_problems(config))

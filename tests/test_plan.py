@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from processes import REPOSITORY
 
-from soundmind import memory, plan, sizes
-from soundmind.flops import Trained
-from soundmind.memory import MicroBatch, Training
+from soundmind import plan
+from soundmind.planning import memory, sizes
+from soundmind.planning import plan as planning_plan
+from soundmind.planning.flops import Trained
+from soundmind.planning.memory import MicroBatch, Training
 
 SEVEN = sizes.QWEN2_5_OMNI_7B
 MINUTE = MicroBatch(rows=1, length=2400, clips=(6000,))
@@ -94,7 +96,7 @@ def test_key_value_cache_by_hand() -> None:
 
 @pytest.mark.parametrize("border", [0, 1, 77, 1000])
 def test_largest_finds_the_border(border: int) -> None:
-    assert plan.largest(lambda value: value <= border, limit=1000) == border
+    assert planning_plan.largest(lambda value: value <= border, limit=1000) == border
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ def test_a_7b_configuration_fits_cards_of_80_gb(
 ) -> None:
     status, found = run(tmp_path, "--config-name", name)
     assert (status, found["fits"], found["problems"]) == (0, True, [])
-    assert found["card"]["memory"] == 80 * plan.GB
+    assert found["card"]["memory"] == 80 * planning_plan.GB
     largest = max(phase["total"] for phase in found["phases"])
     assert largest + found["reserve"] <= found["card"]["memory"]
     for phase in found["phases"]:
@@ -189,16 +191,25 @@ def test_gpus_must_divide_over_the_nodes(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_time_grows_with_work_and_falls_with_the_card() -> None:
     pytest.importorskip("verl")
-    from soundmind.train import compose_config
+    from soundmind.run.config import compose_config
 
     config = compose_config("grpo_7b_8gpu_fast")
-    setup = plan.training_setup(config, SEVEN)
-    assumed = plan.Assumptions(clip_seconds=60, response_tokens=700, prompt_text_tokens=170)
-    short = plan.step_seconds(config, setup, plan.CARDS["H100"], assumed)
+    setup = planning_plan.training_setup(config, SEVEN)
+    assumed = planning_plan.Assumptions(
+        clip_seconds=60, response_tokens=700, prompt_text_tokens=170
+    )
+    short = planning_plan.step_seconds(config, setup, planning_plan.CARDS["H100"], assumed)
     longer = replace(assumed, clip_seconds=120)
-    assert plan.step_seconds(config, setup, plan.CARDS["H100"], longer)["update"] > short["update"]
-    assert plan.step_seconds(config, setup, plan.CARDS["A100"], assumed)["update"] > short["update"]
+    assert (
+        planning_plan.step_seconds(config, setup, planning_plan.CARDS["H100"], longer)["update"]
+        > short["update"]
+    )
+    assert (
+        planning_plan.step_seconds(config, setup, planning_plan.CARDS["A100"], assumed)["update"]
+        > short["update"]
+    )
     frozen = replace(setup, trained=Trained(False, False))
     assert (
-        plan.step_seconds(config, frozen, plan.CARDS["H100"], assumed)["update"] < short["update"]
+        planning_plan.step_seconds(config, frozen, planning_plan.CARDS["H100"], assumed)["update"]
+        < short["update"]
     )

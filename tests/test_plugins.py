@@ -26,7 +26,7 @@ import vllm.model_executor.layers.utils as layers
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 ours = lambda function: function.__module__.startswith("soundmind")
-from soundmind import patches
+from soundmind.plugin import patches
 print("PROBE " + json.dumps({
     "patches": patches.APPLIED,
     "platforms": sorted(PlatformRegistry.registered_names()),
@@ -36,7 +36,7 @@ print("PROBE " + json.dumps({
     "extractor": ours(WhisperFeatureExtractor.__call__),
     "linear": ours(layers.dispatch_cpu_unquantized_gemm),
     "token_builder": "qwen2_5_omni_thinker" in wiring._MODEL_TYPE_TO_FAMILY,
-    "imported": sorted(n for n in sys.modules if n.startswith("soundmind.verl_ext.")),
+    "imported": sorted(n for n in sys.modules if n.startswith("soundmind.training.")),
 }))
 """
 
@@ -61,7 +61,7 @@ def test_installed_but_not_selected_the_plugin_changes_nothing() -> None:
     assert "cpu" not in found["platforms"]
     for name in ("version", "logprobs", "process_group", "extractor", "linear", "token_builder"):
         assert found[name] is False, name
-    assert found["imported"] == ["soundmind.verl_ext.plugin"]
+    assert found["imported"] == ["soundmind.plugin.verl_entry"]
 
 
 def test_selected_on_a_cpu_every_patch_is_in_place() -> None:
@@ -73,7 +73,7 @@ def test_selected_on_a_cpu_every_patch_is_in_place() -> None:
 
 def test_selected_for_gpus_the_cpu_patches_stay_out() -> None:
     code = (
-        "import verl; from soundmind import patches; "
+        "import verl; from soundmind.plugin import patches; "
         "print('PROBE', ','.join(sorted(patches.APPLIED)))"
     )
     result = subprocess.run(
@@ -131,8 +131,8 @@ def test_every_internal_that_is_relied_on_exists() -> None:
 
 def test_an_engine_process_ends_when_its_parent_is_killed() -> None:
     child = (
-        "import time, os; from soundmind import vllm_plugin; "
-        "vllm_plugin.PARENT_CHECK_SECONDS = 0.05; vllm_plugin.end_with_parent(); "
+        "import time, os; from soundmind.plugin import vllm_entry; "
+        "vllm_entry.PARENT_CHECK_SECONDS = 0.05; vllm_entry.end_with_parent(); "
         "print(os.getpid(), flush=True); time.sleep(60)"
     )
     parent = (

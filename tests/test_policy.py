@@ -11,9 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("verl")
 
-from soundmind.processor import load_processor  # noqa: E402
-from soundmind.prompts import build_messages  # noqa: E402
-from soundmind.tokens import collapse_placeholders, response_banned_token_ids  # noqa: E402
+from soundmind.model.processor import load_processor
+from soundmind.model.tokens import (
+    collapse_placeholders,
+    response_banned_token_ids,
+)
+from soundmind.task.prompts import build_messages
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def thinker(random_stand_in: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def policy(random_stand_in: Path, processor: Any) -> Any:
-    from soundmind.policy import as_policy
+    from soundmind.training.policy import as_policy
 
     banned = response_banned_token_ids(processor.tokenizer)
     return as_policy(load_thinker(random_stand_in), banned).eval()
@@ -97,7 +100,7 @@ def test_shared_clips_are_encoded_once_with_the_same_result(
 def test_features_rounded_in_transit_are_what_the_model_rounds_itself(
     random_stand_in: Path, processor: Any
 ) -> None:
-    from soundmind.policy import as_policy
+    from soundmind.training.policy import as_policy
 
     model = as_policy(load_thinker(random_stand_in)).eval().to(torch.bfloat16)
     inputs = inputs_for(processor, [clip(1, 0.6), clip(2, 0.9)])
@@ -107,7 +110,7 @@ def test_features_rounded_in_transit_are_what_the_model_rounds_itself(
 
 
 def test_encoded_frames_count_each_distinct_clip_once(policy: Any, processor: Any) -> None:
-    from soundmind.policy import ENCODED_FRAMES, SILENT_MEL_FRAMES
+    from soundmind.training.policy import ENCODED_FRAMES, SILENT_MEL_FRAMES
 
     ENCODED_FRAMES.take()
     logits(policy, shared_inputs(processor, [clip(1, 0.6), clip(2, 0.9)], [0, 1, 0]))
@@ -120,7 +123,7 @@ def test_encoded_frames_count_each_distinct_clip_once(policy: Any, processor: An
 def test_layers_run_again_for_the_gradient_are_not_counted_again(
     random_stand_in: Path, processor: Any
 ) -> None:
-    from soundmind.policy import ENCODED_FRAMES, as_policy
+    from soundmind.training.policy import ENCODED_FRAMES, as_policy
 
     model = as_policy(load_thinker(random_stand_in)).train()
     model.gradient_checkpointing_enable()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from soundmind import practice, syllogism
-from soundmind.labels import parse_verdict, verdict_of
-from soundmind.syllogism import Syllogism
+from soundmind import practice as soundmind_practice
+from soundmind.standin import practice, syllogism
+from soundmind.standin.syllogism import Syllogism
+from soundmind.task.labels import parse_verdict, verdict_of
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 SMALL = {"train": 10, "dev": 2, "test": 9}
@@ -145,7 +146,7 @@ def test_a_row_that_cannot_be_swapped_is_an_error() -> None:
 
 def test_the_committed_sample_is_what_the_command_makes(tmp_path: Path) -> None:
     need_speech()
-    assert practice.main(["--sample", str(tmp_path / "sample")]) == 0
+    assert soundmind_practice.main(["--sample", str(tmp_path / "sample")]) == 0
     made, committed = tree(tmp_path / "sample"), tree(SAMPLE)
     assert made.keys() == committed.keys()
     assert [name for name in made if made[name] != committed[name]] == []

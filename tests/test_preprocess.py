@@ -17,10 +17,13 @@ import pytest
 import soundfile
 
 from soundmind import preprocess
-from soundmind.audio import num_audio_tokens, resampled_length
-from soundmind.prompts import INSTRUCTIONS
-from soundmind.rows import row_schema
-from soundmind.schema import METADATA_KEY, MODES
+from soundmind.data import preprocess as data_preprocess
+from soundmind.data import sources as data_sources
+from soundmind.data.audio import num_audio_tokens, resampled_length
+from soundmind.data.rows import row_schema
+from soundmind.system import files as system_files
+from soundmind.task.prompts import INSTRUCTIONS
+from soundmind.task.schema import METADATA_KEY, MODES
 
 MakeData = Callable[..., Path]
 ALL = {"train": 5, "dev": 3, "test": 2}
@@ -351,7 +354,7 @@ def test_hub_without_network_is_a_plain_message(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("soundmind.sources.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("soundmind.data.sources.hub_is_reachable", lambda: False)
     assert preprocess.main(["--mode", "text", "--data-dir", "Some-Org/SomeSet"]) == 2
     assert "not reachable" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -368,7 +371,7 @@ def test_hub_id_is_fetched_into_the_data_folder(
         shutil.copytree(remote, keys["local_dir"])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("soundmind.sources.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("soundmind.data.sources.hub_is_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     arguments = ["--mode", "audio", "--data-dir", "Some-Org/SomeSet", "--tokenizer", "none"]
     assert preprocess.main([*arguments, "--questions-only"]) == 0
@@ -511,8 +514,8 @@ def test_killed_run_leaves_no_half_file_and_is_picked_up(
     assert not group_is_alive(process.pid)
     finished = {path: path.stat().st_mtime_ns for path in work.glob("*.arrow")}
     assert finished
-    job = preprocess.resolve(preprocess.parse_arguments(command[3:]))
-    scanned = preprocess.scan_splits(job, [preprocess.find_split(root, "train")], work)
+    job = data_preprocess.resolve(**vars(preprocess.parse_arguments(command[3:])))
+    scanned = data_preprocess.scan_splits(job, [data_sources.find_split(root, "train")], work)
     assert set(finished) <= set(scanned["train"].parts)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # used as they were
     assert run(root, "--splits", "train", mode="text") == 0
@@ -527,10 +530,12 @@ def test_killed_run_leaves_no_half_file_and_is_picked_up(
 def test_part_damaged_by_a_power_cut_is_made_again(make_github: MakeData) -> None:
     root = make_github({"dev": 3})
     arguments = ["--mode", "audio", "--data-dir", str(root), "--tokenizer", "none"]
-    job = preprocess.resolve(preprocess.parse_arguments([*arguments, "--splits", "dev"]))
+    job = data_preprocess.resolve(
+        **vars(preprocess.parse_arguments([*arguments, "--splits", "dev"]))
+    )
     job.work.mkdir(parents=True)
-    sources = [preprocess.find_split(job.root, "dev")]
-    (part,) = preprocess.scan_splits(job, sources, job.work)["dev"].parts
+    sources = [data_sources.find_split(job.root, "dev")]
+    (part,) = data_preprocess.scan_splits(job, sources, job.work)["dev"].parts
     part.write_bytes(bytes(part.stat().st_size))
     assert run(root, "--splits", "dev") == 0
     assert len(rows_of(root, "dev")) == 3
@@ -554,7 +559,7 @@ def test_two_runs_cannot_write_the_same_folder(
     root = make_github(ALL)
     work = root / "parquet/audio/.work"
     work.mkdir(parents=True)
-    with preprocess._locked(work / "lock"):
+    with system_files.locked(work / "lock"):
         assert run(root) == 2
     assert "another run is writing" in capsys.readouterr().err
     assert run(root) == 0
@@ -573,7 +578,7 @@ def test_nothing_but_the_results_is_left_in_the_output_folder(make_github: MakeD
 def test_embedded_clips_are_the_files_own_bytes(
     make_github: MakeData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess, "ROW_GROUP_BYTES", 150_000)
+    monkeypatch.setattr(data_preprocess, "ROW_GROUP_BYTES", 150_000)
     root = make_github({"train": 7})
     assert run(root, "--splits", "train", "--embed-audio") == 0
     file = pq.ParquetFile(root / "parquet/audio/train.parquet")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from soundmind import labels
-from soundmind.prompts import INSTRUCTIONS, SYSTEM, build_messages
-from soundmind.schema import MODES, TASKS, Mode, Task
+from soundmind.task import labels
+from soundmind.task.prompts import INSTRUCTIONS, SYSTEM, build_messages
+from soundmind.task.schema import MODES, TASKS, Mode, Task
 
 
 @pytest.mark.parametrize("mode", MODES)

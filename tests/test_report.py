@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from soundmind.report import (
-    Validation,
-    draw_curves,
-    main,
-    mcnemar,
-    read_metrics,
-    start_note,
-    summarise,
-)
-from soundmind.rewards import COMPONENTS
+from soundmind.model.folder import start_note
+from soundmind.report import main
+from soundmind.run.curves import draw_curves
+from soundmind.run.records import Validation, read_metrics
+from soundmind.run.summary import mcnemar, summarise
+from soundmind.task.reward import COMPONENTS
 
 
 def answers(correct: list[bool], mode: str = "") -> list[dict[str, Any]]:

@@ -10,14 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import degenerate
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from soundmind import degenerate, guards, rescore, rewards
-from soundmind.labels import ENTAILED, NOT_ENTAILED, VERDICTS, LabelSet, answer_line
-from soundmind.rewards import COMPONENTS, PRESETS, compute_score, max_score, resolve
+from soundmind import rewards as rewards_door
+from soundmind.task import guards, rescore, reward
+from soundmind.task.labels import ENTAILED, NOT_ENTAILED, VERDICTS, LabelSet, answer_line
+from soundmind.task.reward import COMPONENTS, PRESETS, compute_score, max_score, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 RIGHT = "<think>one two three</think>\nAnswer: entailed"
@@ -37,7 +39,7 @@ TEXTS = st.lists(
     max_size=16,
 ).map("".join)
 QUANTITIES = st.none() | st.integers(-5, 3000) | st.floats() | st.text(max_size=3)
-ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(rewards.ROW_KEYS, QUANTITIES))
+ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(reward.ROW_KEYS, QUANTITIES))
 
 
 def grade(response: str, truth: str = ENTAILED, row: Any = None, **kwargs: Any) -> dict[str, Any]:
@@ -54,8 +56,8 @@ def plugin_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
     """The log of a process that has said nothing yet."""
-    monkeypatch.setattr(rewards, "_logged", set())
-    caplog.set_level(logging.INFO, logger="soundmind.rewards")
+    monkeypatch.setattr(reward, "_logged", set())
+    caplog.set_level(logging.INFO, logger="soundmind.task.reward")
     return caplog
 
 
@@ -257,7 +259,7 @@ def test_arguments_of_a_reward_model_are_accepted_and_ignored() -> None:
         ({"labels": "json"}, "does not begin with pkg://"),
         ({"labels": [True, False]}, "quote the labels"),
         ({"labels": ["A"]}, "needs two labels"),
-        ({"labels": "pkg://soundmind.labels:ENTAILED"}, "is no label set"),
+        ({"labels": "pkg://soundmind.task.labels:ENTAILED"}, "is no label set"),
         ({"components": [{"name": "x"}]}, "each entry is"),
         ({"components": [{"name": "x", "path": "pkg://nowhere:f"}]}, "cannot import 'nowhere'"),
         ({"components": [{"name": "x", "path": "pkg://json:f"}]}, "'json' has no 'f'"),
@@ -283,7 +285,7 @@ def test_a_plugged_in_component_is_summed_and_returned(plugin_module: Any) -> No
     entry = {"name": "brevity", "path": f"pkg://{plugin_module.__name__}", "weight": 0.5}
     result = grade(RIGHT, row={**ROW, "limit": 100}, components=[entry])
     assert result["score"] == 4.5 and result["brevity"] == 1.0
-    assert rewards.component_names(components=[entry]) == (*COMPONENTS, "brevity")
+    assert reward.component_names(components=[entry]) == (*COMPONENTS, "brevity")
     assert max_score(components=[entry]) == 4.5
 
 
@@ -428,7 +430,7 @@ def test_under_guards_a_loop_earns_no_answer_even_if_it_guesses_right() -> None:
 def test_the_page_shows_what_degenerate_responses_earn() -> None:
     page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
     assert degenerate.page_block() in page, (
-        "docs/rewards.md is stale: python -m soundmind.degenerate --write docs/rewards.md"
+        "docs/rewards.md is stale: python benchmarks/degenerate.py --write docs/rewards.md"
     )
 
 
@@ -524,7 +526,7 @@ def test_threads_with_different_configurations_do_not_disturb_each_other() -> No
 
 def test_importing_the_reward_needs_the_standard_library_alone() -> None:
     code = (
-        "import sys; import soundmind.rewards, soundmind.rescore, soundmind.degenerate; "
+        "import sys; import soundmind.rewards, soundmind.task.rescore; "
         "heavy = {'torch', 'numpy', 'verl', 'vllm', 'transformers', 'omegaconf'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -546,7 +548,7 @@ def test_verls_dump_is_scored_again(tmp_path: Path, capsys: pytest.CaptureFixtur
     dump = {"input": "?", "output": RIGHT, "gts": ENTAILED, "score": 1.0, "step": 3}
     row = {"reference_tokens": 20, "response_tokens": 10}
     path = save(tmp_path / "3.jsonl", {**dump, **row}, {**dump, **row, "gts": NOT_ENTAILED})
-    assert rescore.main([str(path)]) == 0
+    assert rewards_door.main([str(path)]) == 0
     table = capsys.readouterr().out
     assert "2 responses, preset paper" in table
     assert ["answer", "2.00", "0.5000", "1", "0", "1"] in [
@@ -584,7 +586,7 @@ def test_length_credit_of_a_guarded_run_is_not_taken_for_a_length(
     saved = grade(RIGHT, row={"reference_tokens": 10, "response_tokens": 30}, preset="guarded")
     path = save(tmp_path / "1.jsonl", {"output": RIGHT, "gts": ENTAILED, **saved})
     assert rescore.rescore(rescore.read_saved(path))[0]["score"] == 3.0
-    assert rescore.main([str(path)]) == 0
+    assert rewards_door.main([str(path)]) == 0
     assert "1 of 1 lines lose text_length" in capsys.readouterr().out
 
 
@@ -601,7 +603,7 @@ def test_rescoring_takes_preset_labels_and_config(
         "reward:\n  custom_reward_function:\n    reward_kwargs:\n      weights: {answer: 7}\n"
     )
     arguments = [str(path), "--config", str(config), "--labels", "A,B,C", "--preset", "guarded"]
-    assert rescore.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert rewards_door.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 0
     table = capsys.readouterr().out
     assert "1 responses of mcq, preset guarded, labels A/B/C" in table and "of other" in table
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -624,7 +626,7 @@ def test_unreadable_input_is_named_with_its_line(
 ) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
-    assert rescore.main([str(path)]) == 2
+    assert rewards_door.main([str(path)]) == 2
     assert message in capsys.readouterr().err
 
 

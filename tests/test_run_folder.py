@@ -12,15 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 from processes import REPOSITORY
 
-from soundmind import checkpoints
-from soundmind.run_folder import (
-    RunFolder,
-    RunFolderError,
-    config_fingerprint,
-    git_commit,
-    versions,
-    write_json,
-)
+from soundmind.model import checkpoints
+from soundmind.run.folder import RunFolder, RunFolderError, config_fingerprint
+from soundmind.system.files import write_json
+from soundmind.system.machine import git_commit, versions
 
 
 def test_a_first_launch_gets_a_new_folder(tmp_path: Path) -> None:
@@ -57,7 +52,7 @@ def test_a_run_that_is_still_going_is_not_joined(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from soundmind.run_folder import RunFolder; "
+        "import sys, time; from pathlib import Path; from soundmind.run.folder import RunFolder; "
         "f = RunFolder.open(Path(sys.argv[1]), 'tiny', 'abc'); print(f.path, flush=True); "
         "time.sleep(60)"
     )

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from soundmind.shared_prompts import pack_groups, share_prompts  # noqa: E402
+from soundmind.training.shared_prompts import (
+    pack_groups,
+    share_prompts,
+)
 
 
 def tokens(*values: int) -> Any:

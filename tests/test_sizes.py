@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from soundmind import sizes
-from soundmind.parts import PARTS, part_of
-from soundmind.random_thinker import thinker_config
+from soundmind.model.parts import PARTS, part_of
+from soundmind.planning import sizes
+from soundmind.standin.random_thinker import thinker_config
 
 
 def counted(thinker: Any) -> dict[str, int]:

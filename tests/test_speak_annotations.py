@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from soundmind import preprocess
-from soundmind.audio import probe_clip
+from soundmind.data.audio import probe_clip
 
 pytest.importorskip("espeakng_loader")
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "speak_annotations.py"

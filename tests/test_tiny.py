@@ -15,8 +15,20 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from soundmind import practice, prompts, syllogism, tiny, warmup  # noqa: E402
-from soundmind.labels import parse_verdict, split_response, verdict_of  # noqa: E402
+from soundmind import tiny as soundmind_tiny
+from soundmind.standin import (
+    practice,
+    syllogism,
+    tiny,
+    warmup,
+)
+from soundmind.system import files
+from soundmind.task import prompts
+from soundmind.task.labels import (
+    parse_verdict,
+    split_response,
+    verdict_of,
+)
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 SENTENCES = list(syllogism.all_syllogisms())
@@ -26,7 +38,7 @@ SENTENCES = list(syllogism.all_syllogisms())
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained stand-in, built by the command."""
     path = tmp_path_factory.mktemp("standin") / "tiny"
-    assert tiny.main(["--output", str(path), "--no-warmup", "--seed", "5"]) == 0
+    assert soundmind_tiny.main(["--output", str(path), "--no-warmup", "--seed", "5"]) == 0
     return path
 
 
@@ -195,7 +207,7 @@ def test_the_template_takes_strings_parts_and_system_messages(processor: Any) ->
 
 
 def test_prompt_ids_are_those_of_the_processor(processor: Any, clips: list[warmup.Clip]) -> None:
-    from soundmind.audio import load_waveform
+    from soundmind.data.audio import load_waveform
 
     prompt = warmup.Prompt(processor.tokenizer)
     for index, clip in enumerate(clips[:3], start=1):
@@ -215,7 +227,7 @@ def test_an_up_to_date_folder_is_left_alone(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    tiny.main(["--output", str(folder), "--no-warmup", "--seed", "5"])
+    soundmind_tiny.main(["--output", str(folder), "--no-warmup", "--seed", "5"])
     assert capsys.readouterr().out.endswith("up to date\n")
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
@@ -231,14 +243,14 @@ def test_another_seed_data_or_recipe_is_not_up_to_date(folder: Path) -> None:
 
 def test_a_failed_build_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "tiny"
-    tiny.replace_folder(target, lambda path: (path / "a").write_text("old") and None)
+    files.replace_folder(target, lambda path: (path / "a").write_text("old") and None)
 
     def fail(path: Path) -> None:
         (path / "a").write_text("new")
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        tiny.replace_folder(target, fail)
+        files.replace_folder(target, fail)
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from soundmind import token_count
-from soundmind.token_count import TokenCounter, find_tokenizer_file, splits_like_qwen2
+from soundmind.data import token_count
+from soundmind.data.token_count import TokenCounter, find_tokenizer_file, splits_like_qwen2
 
 WORDS = ["it's", "'S", "'ll", "'", "...", "?\n\n", "12", "a1b", "Premise", "é", "前提", "<|AUDIO|>"]
 MARKS = ["\u2014", "\u2019s", "\u0663", "\u017f", " ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85"]
@@ -73,6 +73,6 @@ def test_missing_tokenizer_says_what_to_pass(tmp_path: Path) -> None:
 
 
 def test_unreachable_hub_is_a_plain_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soundmind.token_count.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("soundmind.data.token_count.hub_is_reachable", lambda: False)
     with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
         find_tokenizer_file("no-such-org/no-such-model")

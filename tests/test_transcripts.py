@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from soundmind import transcripts
-from soundmind.transcripts import join_transcripts, windows
+from soundmind.evaluation import transcripts
+from soundmind.evaluation.transcripts import join_transcripts, windows
 
 RATE = 16_000
 

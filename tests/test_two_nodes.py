@@ -25,13 +25,13 @@ LOSS_LIMIT = 240  # seconds from the loss of a node to the end of the run
 
 def compose(*overrides: str) -> Any:
     pytest.importorskip("verl")
-    from soundmind.train import compose_config
+    from soundmind.run.config import compose_config
 
     return compose_config("grpo_tiny_cpu", overrides)
 
 
 def test_a_run_is_the_same_experiment_on_another_cluster() -> None:
-    from soundmind.run_folder import config_fingerprint
+    from soundmind.run.folder import config_fingerprint
 
     addresses = ("10.0.0.1:6379", "10.0.0.2:6379")
     configs = [compose(f"ray_kwargs.ray_init.address='{address}'") for address in addresses]
@@ -59,7 +59,7 @@ def test_lost_nodes_are_those_the_cluster_lacks(
     nodes: list[dict[str, Any]], lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
-    from soundmind.train import _lost_nodes
+    from soundmind.run.train import _lost_nodes
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
@@ -71,7 +71,7 @@ def test_lost_nodes_are_those_the_cluster_lacks(
 
 def test_the_trainer_ends_when_a_node_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
-    from soundmind.verl_ext.nodes import watch_nodes
+    from soundmind.training.nodes import watch_nodes
 
     def nodes(*states: bool) -> list[dict[str, Any]]:
         return [

@@ -126,7 +126,7 @@ def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level BPE tokenizer.json under the Qwen2 splitting rule."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    from soundmind.token_count import QWEN2_SPLIT
+    from soundmind.data.token_count import QWEN2_SPLIT
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

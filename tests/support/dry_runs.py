@@ -18,7 +18,10 @@ from typing import Any
 
 from omegaconf import ListConfig
 
-from soundmind import checks, run_folder, selection, train
+from soundmind.plugin import environment
+from soundmind.run import checks, train
+from soundmind.run import config as run_config
+from soundmind.system import machine
 
 MODALITIES = ("audio", "text", "mixed")
 
@@ -33,14 +36,14 @@ def outcome(config: Any, name: str) -> dict[str, Any]:
 
 def main() -> None:
     model, parquet, output = sys.argv[1:]
-    selection.select(os.environ, cpu=False)
+    environment.select(os.environ, cpu=False)
     results: dict[str, Any] = {}
-    for name in train.config_names():
+    for name in run_config.config_names():
         if name == "grpo_tiny_cpu":
             continue
         for modality in MODALITIES:
-            config = train.compose_config(name, [f"modality={modality}"])
-            run_folder.gpu_names = list
+            config = run_config.compose_config(name, [f"modality={modality}"])
+            machine.gpu_names = list
             results[f"{name} {modality}"] = found = {"bare": outcome(config, name)}
             if modality != "audio" and name != "grpo_7b_8gpu":
                 continue
@@ -49,8 +52,8 @@ def main() -> None:
                 files = config.data[key]
                 several = isinstance(files, ListConfig)
                 config.data[key] = [parquet] * len(files) if several else parquet
-            run_folder.gpu_names = lambda: ["NVIDIA H100 80GB HBM3"] * 8
-            run_folder.gpu_memory = lambda: [81_559 * 2**20] * 8
+            machine.gpu_names = lambda: ["NVIDIA H100 80GB HBM3"] * 8
+            machine.gpu_memory = lambda: [81_559 * 2**20] * 8
             found["complete"] = outcome(config, name)
     Path(output).write_text(json.dumps(results))
 

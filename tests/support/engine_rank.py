@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 
-from soundmind.selection import select
+from soundmind.plugin.environment import select
 
 CLIP_SECONDS = {"mixed": [0.7, None, 1.3, 0.7, None, 2.0, 0.5, 1.3], "text": [None] * 8}
 # Of two ranks one has only clips and the other only text.
@@ -35,7 +35,7 @@ RESPONSE_TOKENS["sides"] = RESPONSE_TOKENS["mixed"]
 
 def build_rows(processor: Any, batch: str) -> list[dict[str, Any]]:
     """Prompt ids, response ids and features of the batch's eight rows, from a fixed seed."""
-    from soundmind.prompts import build_messages
+    from soundmind.task.prompts import build_messages
 
     generator = np.random.default_rng(7)
     rows = []
@@ -110,7 +110,7 @@ def store_clips(rows: list[dict[str, Any]]) -> None:
     """Put the rows' features where the engine looks for stored clips, one entry for each clip."""
     import torch
 
-    from soundmind.verl_ext import feature_store
+    from soundmind.training import feature_store
 
     stored = {}
     for row in rows:
@@ -132,7 +132,7 @@ def run_case(engine: Any, loss: Any, case: str, rank: int, ranks: int) -> dict[s
         store_clips(rows)
     object.__setattr__(engine.engine_config, "share_prompts", variant.startswith("shared"))
     if variant == "full":
-        with mock.patch("soundmind.verl_ext.micro_batch.response_positions", return_value=None):
+        with mock.patch("soundmind.training.micro_batch.response_positions", return_value=None):
             return run_rows(engine, loss, rows, variant, rank, ranks)
     return run_rows(engine, loss, rows, variant, rank, ranks)
 
@@ -143,7 +143,7 @@ def run_rows(
     """What `run_case` returns, for the rows of a case."""
     import torch.distributed as dist
 
-    from soundmind.flops import CURRENT_PASS
+    from soundmind.training.utilisation import CURRENT_PASS
 
     mine = rows[rank::ranks]
     data = to_batch(mine, 160 if variant.endswith("split") else 4096, variant.endswith("packed"))
@@ -178,8 +178,8 @@ def open_engine(
 
     import torch.distributed as dist
 
-    from soundmind.train import compose_config
-    from soundmind.verl_ext.plugin import require_loaded
+    from soundmind.plugin.verl_entry import require_loaded
+    from soundmind.run.config import compose_config
 
     require_loaded()
     from verl.utils.config import omega_conf_to_dataclass

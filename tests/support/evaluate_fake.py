@@ -11,9 +11,10 @@ import resource
 import sys
 import time
 
-from soundmind import evaluate
-from soundmind.eval_grade import prediction
-from soundmind.eval_text import Answer
+from soundmind import evaluate as soundmind_evaluate
+from soundmind.evaluation import evaluate
+from soundmind.evaluation.grade import prediction
+from soundmind.evaluation.text import Answer
 
 
 class FormulaBackend:
@@ -43,4 +44,4 @@ if __name__ == "__main__":
     evaluate.make_backend = lambda model, examples, settings, options, output: FormulaBackend(
         seconds, output
     )
-    sys.exit(evaluate.main(arguments))
+    sys.exit(soundmind_evaluate.main(arguments))

@@ -14,8 +14,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from soundmind import evaluate
-from soundmind.eval_store import PREDICTIONS
+from soundmind.evaluation import evaluate
+from soundmind.evaluation.store import PREDICTIONS
 
 SHARED: list[evaluate.TextBackend] = []
 BUILD = evaluate.make_backend

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from soundmind.selection import select
+from soundmind.plugin.environment import select
 
 SECONDS = (0.5, 5.0, 30.0, 120.0)
 RESPONSE_TOKENS = 6
@@ -35,21 +35,21 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     select(os.environ, cpu=True)
 
-    from soundmind.verl_ext.plugin import require_loaded
+    from soundmind.plugin.verl_entry import require_loaded
 
     require_loaded()
     import torch
     from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
     from vllm import LLM, SamplingParams
 
-    from soundmind.policy import as_policy
-    from soundmind.processor import load_processor
-    from soundmind.prompts import build_messages
-    from soundmind.tokens import (
+    from soundmind.model.processor import load_processor
+    from soundmind.model.tokens import (
         BANNED_LOGIT_BIAS,
         collapse_placeholders,
         response_banned_token_ids,
     )
+    from soundmind.task.prompts import build_messages
+    from soundmind.training.policy import as_policy
 
     processor = load_processor(arguments.model)
     tokenizer = processor.tokenizer

@@ -1,0 +1,72 @@
+"""configs/<name>.yaml composed over verl's `ppo_trainer`, and refusals in one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+CONFIG_DIR = REPOSITORY / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the next step."""
+
+
+def config_names(config_dir: Path = CONFIG_DIR) -> list[str]:
+    """Experiments in `config_dir`, by name."""
+    return sorted(path.stem for path in config_dir.glob("*.yaml"))
+
+
+def compose_config(
+    name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR
+) -> DictConfig:
+    """configs/<name>.yaml over verl's `ppo_trainer`, with Hydra `overrides` applied."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import ConfigCompositionException, HydraException
+
+    if name not in config_names(config_dir):
+        raise ConfigError(
+            f"no configuration {name!r} in {config_dir}; there are: "
+            + ", ".join(config_names(config_dir))
+        )
+    try:
+        with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base=None):
+            return compose(config_name=name, overrides=list(overrides))
+    except ConfigCompositionException as error:
+        raise ConfigError(_explain_override(error, name, config_dir)) from error
+    except HydraException as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _explain_override(error: Exception, name: str, config_dir: Path) -> str:
+    """Hydra's refusal in one line, with the existing keys that look alike."""
+    message = " ".join(str(part) for part in (error, error.__cause__) if part)
+    match = re.search(r"Could not override '([^']+)'", message)
+    if match is None:
+        return f"{name}: {message}"
+    unknown = match.group(1)
+    known = list(_keys(compose_config(name, config_dir=config_dir)))
+    close = difflib.get_close_matches(unknown, known, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return (
+        f"unknown override {unknown!r}: neither verl nor {name}.yaml has this key.{hint} "
+        f"To add a key on purpose write +{unknown}=..."
+    )
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        path = f"{prefix}{key}"
+        yield path
+        if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_interpolation():
+                yield from _keys(child, path + ".")

@@ -1,0 +1,64 @@
+"""What a run wrote down: `metrics.jsonl` and the answers of its validations."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+
+CORRELATION = "training/rollout_actor_probs_pearson_corr"
+
+
+PROBABILITY_GAP = "training/rollout_probs_diff_max"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The dumped answers of one validation, by row."""
+
+    step: int
+    rows: dict[tuple[str, str], dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Validation:
+        rows = {}
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            # One id may stand in several modes; the prompt tells them apart.
+            rows[(str(row["id"]), row["input"])] = row
+        return cls(int(path.stem), rows)
+
+    def mean(self, name: str) -> float:
+        """Mean of a numeric entry over all rows."""
+        return statistics.fmean(float(row[name]) for row in self.rows.values())
+
+    @property
+    def correct(self) -> int:
+        return sum(int(row["acc"]) for row in self.rows.values())
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson interval of the accuracy, 95 %."""
+        bounds = binomtest(self.correct, len(self.rows)).proportion_ci(0.95, method="wilson")
+        return float(bounds.low), float(bounds.high)
+
+    def majority_share(self) -> float:
+        """Accuracy of always giving the commoner ground truth."""
+        truths = [row["gts"] for row in self.rows.values()]
+        return max(truths.count(truth) for truth in set(truths)) / len(truths)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl in step order."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return sorted(lines, key=lambda line: line["step"])
+
+
+def read_validations(run: Path) -> list[Validation]:
+    """The run's validations in step order."""
+    paths = sorted((run / "validation").glob("*.jsonl"), key=lambda path: int(path.stem))
+    return [Validation.read(path) for path in paths]

@@ -1,0 +1,242 @@
+"""A run from a checked configuration to verl's trainer: folder, Ray, restarts, the end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from soundmind.model import parts
+from soundmind.plugin import environment as plugin_environment
+from soundmind.run import folder as run_folder
+from soundmind.run.checks import verl_problems
+from soundmind.run.config import REPOSITORY
+from soundmind.run.folder import RunFolder
+from soundmind.system import files as system_files
+from soundmind.system import machine
+
+
+class NodeLostError(RuntimeError):
+    """A machine of the run's cluster went away; the message says how to go on."""
+
+
+def place_run(config: DictConfig, folder: RunFolder, attempt: int, ray_dir: Path) -> dict[str, str]:
+    """Point every output of verl into the run folder; returns environment variables for that."""
+    path = folder.path.resolve()
+    with open_dict(config):
+        config.run.dir = str(path)
+        config.run.metrics_path = str(path / "metrics.jsonl")
+        config.trainer.default_local_dir = str(path / "checkpoints")
+        config.trainer.rollout_data_dir = str(path / "rollouts")
+        config.trainer.validation_data_dir = str(path / "validation")
+        config.trainer.experiment_name = f"{folder.path.parent.name}/{folder.path.name}"
+        if folder.last_checkpoint() is not None:
+            # The interrupted run has validated its start already.
+            config.trainer.val_before_train = False
+        if not config.ray_kwargs.ray_init.get("address"):
+            config.ray_kwargs.ray_init._temp_dir = str(ray_dir)
+    (path / "logs").mkdir(exist_ok=True)
+    return {
+        "TENSORBOARD_DIR": str(path / "tensorboard"),
+        # verl's file logger truncates its file, so every attempt gets its own.
+        "VERL_FILE_LOGGER_PATH": str(path / "logs" / f"verl-metrics-{attempt}.jsonl"),
+    }
+
+
+@contextmanager
+def short_temporary_folder() -> Iterator[Path]:
+    """A folder for Ray, its path short enough for sockets (107 characters), removed afterwards.
+
+    Folders of launchers that were killed are removed as well.
+    """
+    base = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    for stale in base.glob("sm-ray-*-*"):
+        owner = stale.name.split("-")[2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(stale, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=f"sm-ray-{os.getpid()}-", dir=base))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def require(config: DictConfig) -> None:
+    """Raise `checks.CheckError` with every problem that shows before Ray starts."""
+    from soundmind.run import checks
+
+    problems = [*checks.find_problems(config), *verl_problems(config)]
+    if problems:
+        raise checks.CheckError(problems)
+
+
+def dry_run(config: DictConfig, name: str) -> str:
+    """Everything up to the start of Ray; returns what would be trained and where it would go.
+
+    Raises `checks.CheckError` like `train`. Starts no process and writes no file.
+    """
+    plugin_environment.select(os.environ, cpu=config.run.device == "cpu", training=True)
+    require(config)
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    prompts, responses = config.data.train_batch_size, config.data.train_batch_size * rollout.n
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    lines = [
+        f"{name}: all checks passed, nothing was started",
+        "",
+        f"algorithm  {config.algorithm.adv_estimator}, {prompts} prompts x {rollout.n} responses = "
+        f"{responses} a step, {config.actor_rollout_ref.actor.ppo_mini_batch_size} prompts an update",
+        f"ranks      {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} = {ranks}",
+        f"train      {_listed(config.data.train_files)}",
+        f"validate   {_listed(config.data.val_files)}",
+        f"model      {model.path}",
+        f"output     {_destination(config, name)}",
+    ]
+    if table := _parts(config):
+        lines += ["", parts.format_table(table)]
+    return "\n".join(lines)
+
+
+def _parts(config: DictConfig) -> list[parts.Row]:
+    """What is trained of the model, part by part; empty where its folder is not on this disk."""
+    model = config.actor_rollout_ref.model
+    folder = Path(str(model.path)).expanduser()
+    if not folder.is_dir():
+        return []
+    targets = model.target_modules
+    targets = OmegaConf.to_container(targets) if OmegaConf.is_config(targets) else targets
+    return parts.rows(folder, config.train, model.lora_rank, targets)
+
+
+def _listed(files: Any) -> str:
+    return ", ".join(files) if OmegaConf.is_list(files) else str(files)
+
+
+def _destination(config: DictConfig, name: str) -> str:
+    """Where `train` would write now, in words."""
+    if config.run.resume not in ("auto", "new"):
+        return f"{config.run.resume} (continued)"
+    parent = Path(config.run.root) / name
+    found = run_folder.unfinished(parent, run_folder.config_fingerprint(config))
+    if found and config.run.resume == "auto":
+        step = RunFolder(found[0], resumed=True).last_checkpoint() or 0
+        return f"{found[0]} (continued from step {step})"
+    return f"{parent}/<timestamp> (new)"
+
+
+def run_training(config: DictConfig, environment: dict[str, str]) -> None:
+    """Run verl's V1 trainer to its end on a Ray cluster of its own, or on the configured one.
+
+    `config` has passed `require`; `environment` reaches every process of the run.
+    """
+    # Composing the configuration has imported verl already; the plugin comes before verl's trainer,
+    # which asks for the platform at import.
+    from soundmind.plugin.verl_entry import require_loaded
+
+    require_loaded()
+    import ray
+    from verl.trainer.main_ppo import run_ppo
+    from verl.utils.device import auto_set_device
+
+    from soundmind.training.trainer import task_runner
+
+    auto_set_device(config)
+    with open_dict(config):
+        runtime = config.ray_kwargs.ray_init.setdefault("runtime_env", {})
+        runtime.env_vars = {**(runtime.get("env_vars") or {}), **environment}
+        if not runtime.get("py_executable") and shlex.quote(sys.executable) != sys.executable:
+            # Ray starts workers through a shell and quotes their arguments, but not the interpreter.
+            runtime.py_executable = shlex.quote(sys.executable)
+    try:
+        run_ppo(config, task_runner_class=task_runner())
+    except Exception as error:
+        # Which exception a lost node shows itself by depends on who was waiting for it.
+        if lost := _lost_nodes(config):
+            raise NodeLostError(
+                f"{lost} of {config.trainer.nnodes} nodes left the cluster: start a node in its place"
+            ) from error
+        raise
+    finally:
+        ray.shutdown()  # this driver's connection; never another cluster
+
+
+def _lost_nodes(config: DictConfig, patience: float = 40.0) -> int:
+    """How many of a run's machines its Ray cluster lacks; 0 for a run on one machine.
+
+    Waits up to `patience` seconds for Ray to notice: a broken connection is seen before the
+    cluster gives up the machine at its other end (15 s by Ray's defaults).
+    """
+    import ray
+
+    wanted, ranks = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    if wanted < 2 or not ray.is_initialized():
+        return 0
+    deadline = time.monotonic() + patience
+    while True:
+        able = [node["Alive"] and node["Resources"].get("GPU", 0) >= ranks for node in ray.nodes()]
+        lost = wanted - sum(able)
+        if lost > 0 or time.monotonic() > deadline:
+            return max(0, lost)
+        time.sleep(1)
+
+
+def train(config: DictConfig, name: str) -> Path:
+    """Train `config` in a new or continued run folder; returns the folder.
+
+    Raises `NodeLostError` if a machine of its cluster went away.
+    """
+    from soundmind.run import summary
+
+    environment = plugin_environment.select(
+        os.environ, cpu=config.run.device == "cpu", training=True
+    )
+    require(config)
+    fingerprint = run_folder.config_fingerprint(config)
+    folder = RunFolder.open(Path(config.run.root), name, fingerprint, config.run.resume)
+    folder.prune_checkpoints(config.trainer.max_actor_ckpt_to_keep)
+    attempt = folder.begin_attempt()
+    checkpoint = folder.last_checkpoint()
+    print(
+        f"run folder: {folder.path}"
+        + (f" (continued from step {checkpoint or 0})" if folder.resumed else ""),
+        flush=True,
+    )
+    with short_temporary_folder() as ray_dir:
+        placed = place_run(config, folder, attempt, ray_dir)
+        os.environ.update(placed)
+        OmegaConf.save(config, folder.path / "config.yaml", resolve=True)
+        system_files.write_json(
+            folder.path / "versions.json",
+            {
+                **machine.versions(config.run.seed, REPOSITORY),
+                "parts": [asdict(row) for row in _parts(config)],
+            },
+        )
+        try:
+            run_training(config, {**environment, **placed})
+        except NodeLostError as error:
+            step = folder.last_checkpoint() or 0
+            raise NodeLostError(
+                f"{error}, and the same command continues from step {step}"
+            ) from error.__cause__
+    summary.finish(folder, config)
+    return folder.path
