@@ -102,7 +102,7 @@ def measure_overhead(options: argparse.Namespace, scratch: Path) -> list[Figure]
 
     def ours(turn: int) -> Speed:
         forget()
-        config = evaluate.describe(run, model, examples, settings)
+        config = evaluate.describe_settings(run, model, examples, settings)
         store = Store.open(scratch / f"turn{turn}", config)
         backend._output = store.path
         evaluate.make_backend = lambda *_: backend  # type: ignore[assignment]

@@ -67,7 +67,7 @@ from soundmind.planning.sizes import (
     TextSize,
     VisionSize,
 )
-from soundmind.standin.random_thinker import random_thinker, thinker_config
+from soundmind.standin.random_thinker import random_thinker, random_thinker_config
 from soundmind.system import files as system_files
 from soundmind.system import machine
 from soundmind.training.policy import as_policy
@@ -188,7 +188,7 @@ def make_sequences(
 ) -> Sequences:
     """`count` random rows: instruction, clip of `seconds` (0: none), answer; `ragged` varies lengths."""
     generator = torch.Generator().manual_seed(seed)
-    config = thinker_config(size)
+    config = random_thinker_config(size)
     placeholders = partial(flops.audio_tokens, size.audio)
     highest = config.audio_token_id - 64  # no special token
     rows, starts, lengths = [], [], []

@@ -31,12 +31,12 @@ from soundmind.evaluation import tables
 from soundmind.evaluation.compare import CompareError, compare
 from soundmind.evaluation.evaluate import (
     CPU_BATCH,
+    DEFAULT_RECOGNISER,
     GPU_BATCH,
     MAX_TOKENS,
-    RECOGNISER,
     Options,
-    finish,
-    run,
+    evaluate,
+    finish_evaluation,
 )
 from soundmind.evaluation.examples import DataError
 from soundmind.evaluation.models import known_models
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return grade_command(arguments[1:])
         options = parse_options(arguments)
         try:
-            run(options)
+            evaluate(options)
         except OutOfMemory as error:
             return start_over(arguments, error)
     except (DataError, ModelError, StoreError, CompareError) as error:
@@ -117,7 +117,7 @@ def grade_command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     for folder in parser.parse_args(arguments).folders:
-        finish(folder)
+        finish_evaluation(folder)
     return 0
 
 
@@ -151,7 +151,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--tensor-parallel", type=_positive, default=1, help="GPUs per model")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--audio-root", help="folder of the clips, instead of the recorded one")
-    parser.add_argument("--recogniser", default=RECOGNISER, help="a Whisper folder or Hub id")
+    parser.add_argument(
+        "--recogniser", default=DEFAULT_RECOGNISER, help="a Whisper folder or Hub id"
+    )
     parser.add_argument("--speaker", default="Chelsie", help="a voice of spk_dict.pt")
     parser.add_argument("--max-speech-seconds", type=float, default=600.0)
     return Options(**vars(parser.parse_args(arguments)))

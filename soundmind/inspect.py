@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soundmind.data.audio import ClipError
-from soundmind.data.inspect import default_model, describe, write_clip
+from soundmind.data.inspect import default_model, describe_row, write_clip
 from soundmind.data.rows import read_row
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         row = read_row(str(arguments.parquet), arguments.row, arguments.audio_root)
-        print(describe(row, arguments.model or default_model(row), str(arguments.parquet)))
+        print(describe_row(row, arguments.model or default_model(row), str(arguments.parquet)))
         if row["_clip"] is not None:
             print(f"clip written to {write_clip(row, arguments.output_dir)}")
     except (OSError, IndexError, ClipError, ValueError) as error:

@@ -30,11 +30,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from soundmind.planning.plan import (
+    AUDIO_TOKENS_PER_SECOND,
     CARDS,
     GB,
     PROMPT_TEXT_TOKENS,
     PUBLISHED_SECONDS,
-    TOKENS_PER_SECOND,
     Assumptions,
     Plan,
     as_json,
@@ -108,7 +108,7 @@ def print_plan(plan: Plan) -> None:
             [
                 name + (" (decides)" if value == smallest else ""),
                 f"{value:,}",
-                f"{max(0, value - text) / TOKENS_PER_SECOND:.0f}",
+                f"{max(0, value - text) / AUDIO_TOKENS_PER_SECOND:.0f}",
             ]
             for name, value in limits.items()
         ],

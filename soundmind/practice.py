@@ -35,7 +35,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from soundmind.standin.practice import MANIFEST, ROWS, SAMPLE_ROWS, build, verify
+from soundmind.standin.practice import MANIFEST, ROWS, SAMPLE_ROWS, build_practice, verify
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         if count < 2:
             parser.error(f"--{split} {count}: a split needs at least two rows")
     if arguments.sample is not None:
-        build(arguments.sample, seed=arguments.seed, rows=SAMPLE_ROWS, workers=1)
+        build_practice(arguments.sample, seed=arguments.seed, rows=SAMPLE_ROWS, workers=1)
     else:
-        build(arguments.output, seed=arguments.seed, rows=rows, workers=arguments.workers)
+        build_practice(arguments.output, seed=arguments.seed, rows=rows, workers=arguments.workers)
     return 0
 
 

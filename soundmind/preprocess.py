@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soundmind.data.preprocess import BASE_MODEL, FAULTS_SHOWN, BadInput, resolve, run
+from soundmind.data.preprocess import BASE_MODEL, FAULTS_SHOWN, BadInput, make_job, make_parquet
 from soundmind.data.sources import (
     SourceError,
 )
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 written or up to date, 2 bad input or usage."""
     arguments = parse_arguments(argv)
     try:
-        return run(resolve(**vars(arguments)))
+        return make_parquet(make_job(**vars(arguments)))
     except BadInput as error:
         print(error.report(arguments.list_all))
     except (SourceError, OSError) as error:

@@ -29,7 +29,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from soundmind.standin.tiny import build
+from soundmind.standin.tiny import build_stand_in
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
 
-    build(
+    build_stand_in(
         arguments.output,
         seed=arguments.seed,
         data=None if arguments.no_warmup else arguments.data,

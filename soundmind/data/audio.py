@@ -3,7 +3,7 @@
     samples --(/160)--> mel frames, 100/s --(two stages of stride 2)--> audio tokens, 25/s
 
 `load_waveform` is the one place where sound is decoded and resampled. It gives what the model
-makers' own `qwen_omni_utils.process_mm_info` gives for the same file (tests/test_audio.py), so the
+makers' own `qwen_omni_utils.process_mm_info` gives for the same file (tests/data/test_audio.py), so the
 model hears what their tool would feed it. `probe_clip` measures and checks a file without decoding
 it all: a header, the file's size and the first sound.
 

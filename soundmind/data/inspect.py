@@ -25,7 +25,7 @@ def default_model(row: dict[str, Any]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def describe(row: dict[str, Any], model: Path | None, name: str) -> str:
+def describe_row(row: dict[str, Any], model: Path | None, name: str) -> str:
     """The whole page as text."""
     info = row["extra_info"]
     messages = with_clip(row["prompt"], row["_clip"])
@@ -50,7 +50,7 @@ def describe(row: dict[str, Any], model: Path | None, name: str) -> str:
         [
             *(f"{title:<14}{value}" for title, value in facts),
             f"\n--- prompt, by the chat template of {source} ---",
-            render(messages, template),
+            render_prompt(messages, template),
             f"--- end of prompt ---\n\n{counted}\n",
         ]
     )
@@ -83,7 +83,7 @@ def count_kinds(
     texts = _texts_by_kind(messages)
     kinds = {"clip": info["audio_tokens"]} if info["audio_tokens"] else {}
     kinds.update({kind: count(text) for kind, text in texts.items()})
-    rendered = render(messages, template)
+    rendered = render_prompt(messages, template)
     total = count(rendered) + info["audio_tokens"] - rendered.count(PLACEHOLDER)
     return {**kinds, "frame": total - sum(kinds.values())}, unit
 
@@ -118,7 +118,7 @@ def chat_template(model: Path | None) -> str:
     )
 
 
-def render(messages: list[dict[str, Any]], template: str) -> str:
+def render_prompt(messages: list[dict[str, Any]], template: str) -> str:
     """The prompt as text, as transformers renders it with the generation prompt added."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -30,7 +30,7 @@ from soundmind.data.rows import row_schema
 from soundmind.data.scan import (
     CHUNK_LINES,
     Chunk,
-    Options,
+    RowOptions,
     ScannedChunk,
     part_schema,
     read_part,
@@ -77,7 +77,7 @@ class Job:
     root: Path
     folder: Path  # <output-dir>/<mode>
     splits: tuple[Split, ...]
-    options: Options
+    options: RowOptions
     tokenizer: str | None
     on_error: str
     embed_audio: bool
@@ -132,7 +132,7 @@ class BadInput(Exception):
         )
 
 
-def resolve(
+def make_job(
     *,
     mode: Mode,
     task: Task = "alr",
@@ -171,7 +171,7 @@ def resolve(
         root=root,
         folder=output / mode,
         splits=splits,
-        options=Options(mode, task, with_answers, tokenizer_file, sha256),
+        options=RowOptions(mode, task, with_answers, tokenizer_file, sha256),
         tokenizer=tokenizer,
         on_error=on_error,
         embed_audio=embed_audio,
@@ -201,7 +201,7 @@ def choose_tokenizer(name: str | None, task: str) -> tuple[str | None, Path | No
     return None, None
 
 
-def run(job: Job) -> int:
+def make_parquet(job: Job) -> int:
     """Scan, judge, write. Returns the exit status; raises BadInput, SourceError, OSError."""
     job.work.mkdir(parents=True, exist_ok=True)
     with locked(job.work / "lock"):
@@ -332,7 +332,7 @@ def scan_in_order(
 _worker_counter: TokenCounter | None = None
 
 
-def _start_worker(options: Options, parent: int) -> None:
+def _start_worker(options: RowOptions, parent: int) -> None:
     global _worker_counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     _worker_counter = _make_counter(options)
@@ -346,11 +346,11 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(chunk: Chunk, options: Options, parts: Path | None) -> ScannedChunk:
+def _work(chunk: Chunk, options: RowOptions, parts: Path | None) -> ScannedChunk:
     return scan_chunk(chunk, options, parts, _worker_counter)
 
 
-def _make_counter(options: Options) -> TokenCounter | None:
+def _make_counter(options: RowOptions) -> TokenCounter | None:
     return TokenCounter(options.tokenizer_file) if options.tokenizer_file else None
 
 

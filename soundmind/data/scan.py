@@ -44,7 +44,7 @@ _MAJOR_PREMISE = re.compile(r'Major premise is "(.*?)"\.?\s*\n\s*Minor premise',
 
 
 @dataclass(frozen=True)
-class Options:
+class RowOptions:
     """What decides a row's content, beside the annotation and its clips."""
 
     mode: Mode
@@ -115,7 +115,7 @@ def major_premise(question: str) -> str | None:
 
 
 def scan_chunk(
-    chunk: Chunk, options: Options, parts: Path | None, counter: TokenCounter | None
+    chunk: Chunk, options: RowOptions, parts: Path | None, counter: TokenCounter | None
 ) -> ScannedChunk:
     """Check a chunk and leave its part in folder `parts`; with None only the key is computed."""
     candidates = [
@@ -132,7 +132,7 @@ def scan_chunk(
     return ScannedChunk(key, part, reused)
 
 
-def _chunk_key(candidates: Sequence[Candidate], chunk: Chunk, options: Options) -> str:
+def _chunk_key(candidates: Sequence[Candidate], chunk: Chunk, options: RowOptions) -> str:
     digest = hashlib.sha256(options.fingerprint().encode())
     digest.update(f"{chunk.source.split} {chunk.index} {chunk.source.layout}\n".encode())
     for candidate in candidates:
@@ -177,7 +177,7 @@ def _is_whole(part: Path) -> bool:
 
 
 def _build_columns(
-    candidates: Sequence[Candidate], root: Path, options: Options, counter: TokenCounter | None
+    candidates: Sequence[Candidate], root: Path, options: RowOptions, counter: TokenCounter | None
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Columns of the rows without faults, and notes: every fault, and the ids of faulty lines."""
     good: list[tuple[Candidate, ClipInfo | None, ClipInfo | None]] = []
@@ -235,7 +235,7 @@ def _part_row(
     question: ClipInfo | None,
     answer: ClipInfo | None,
     tokens: tuple[int | None, int | None],
-    options: Options,
+    options: RowOptions,
 ) -> dict[str, Any]:
     annotation = candidate.annotation
     assert annotation is not None, candidate.line.where
@@ -275,7 +275,7 @@ def _part_row(
     }
 
 
-def stored_messages(options: Options, question: str, clip: str | None) -> list[dict[str, Any]]:
+def stored_messages(options: RowOptions, question: str, clip: str | None) -> list[dict[str, Any]]:
     """The prompt in the Parquet's types: clips under `path`, see `row_schema`."""
     messages = prompts.build_messages(options.mode, question, clip, options.task)
     for message in messages:

@@ -4,7 +4,7 @@ Only counts are wanted, never ids. Byte-level BPE merges inside pre-tokens and n
 so the count of a text is the sum over its pre-tokens, and those repeat: some 14,000 different ones
 cover 1,212 texts of the dev split. For texts of plain English characters under the Qwen2 splitting
 rule, splitting happens here and each different pre-token is encoded once. Any other text or
-tokenizer takes the tokenizer's own way. Both give the same number (tests/test_token_count.py);
+tokenizer takes the tokenizer's own way. Both give the same number (tests/data/test_token_count.py);
 the first is about eight times faster.
 """
 

@@ -10,15 +10,18 @@ from typing import Any, Protocol
 
 from soundmind.evaluation import page, plots, tables
 from soundmind.evaluation.examples import DataError, Example, read_examples
-from soundmind.evaluation.grade import graded, prediction, summarise
+from soundmind.evaluation.grade import graded, prediction, summarise_answers
 from soundmind.evaluation.models import Model, open_model
-from soundmind.evaluation.store import Store, StoreError, fingerprint, read_config, read_predictions
+from soundmind.evaluation.store import (
+    Store,
+    StoreError,
+    read_config,
+    read_predictions,
+    settings_fingerprint,
+)
 from soundmind.evaluation.text import TextEngine, TextSettings, prepare_process
-from soundmind.system.files import file_digest, write_json
+from soundmind.system.files import REPOSITORY, file_digest, write_json
 from soundmind.system.machine import gpu_names, versions
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 MAX_TOKENS = 4096  # [ours] 99 of 100 published reasonings are shorter; the released limit is 2048
 
@@ -29,7 +32,7 @@ CPU_BATCH, GPU_BATCH = 64, 256  # rows asked and saved together
 CPU_SEQS, GPU_SEQS = 16, 128  # sequences generated at once
 
 
-RECOGNISER = "openai/whisper-large-v3"
+DEFAULT_RECOGNISER = "openai/whisper-large-v3"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Options:
     tensor_parallel: int = 1
     trust_remote_code: bool = False
     audio_root: str | None = None
-    recogniser: str = RECOGNISER
+    recogniser: str = DEFAULT_RECOGNISER
     speaker: str = "Chelsie"
     max_speech_seconds: float = 600.0
 
@@ -96,7 +99,7 @@ def settle(options: Options) -> TextSettings:
     )
 
 
-def describe(
+def describe_settings(
     options: Options, model: Model, examples: Sequence[Example], settings: TextSettings
 ) -> dict[str, Any]:
     """The content of config.yaml: everything that defines the numbers, and nothing else.
@@ -152,15 +155,15 @@ def default_output_dir(config: dict[str, Any]) -> Path:
     name = Path(config["model"]["given"].rstrip("/")).name or "model"
     data = config["data"]
     what = f"{data['mode']}-to-{config['output_modality']}_{data['split']}"
-    return Path("outputs/eval") / f"{name}_{what}_{fingerprint(config)[:8]}"
+    return Path("outputs/eval") / f"{name}_{what}_{settings_fingerprint(config)[:8]}"
 
 
-def run(options: Options) -> Path:
+def evaluate(options: Options) -> Path:
     """Evaluate, grade and render; returns the output folder."""
     examples = read_examples(options.data, options.limit, options.audio_root)
     model = open_model(options.model, speech=options.output_modality == "speech")
     settings = settle(options)
-    config = describe(options, model, examples, settings)
+    config = describe_settings(options, model, examples, settings)
     store = Store.open(options.output_dir or default_output_dir(config), config)
     print(f"{store.path}: {len(examples)} rows, {model.adapter.name} {model.given}", flush=True)
     if model.stand_in:
@@ -169,7 +172,7 @@ def run(options: Options) -> Path:
     started = time.monotonic()
     done = predict_all(store, examples, model, settings, options)
     record_versions(store, options, settings, done, time.monotonic() - started)
-    failed = finish(store.path)["failed_rows"]
+    failed = finish_evaluation(store.path)["failed_rows"]
     if failed["count"] == failed["n"]:
         raise StoreError(
             f"every row failed, the first with: {failed['rows'][0]['error']}. Mend that, then "
@@ -246,7 +249,7 @@ class TextBackend:
 # --- after the predictions ------------------------------------------------------------------------
 
 
-def finish(output: Path) -> dict[str, Any]:
+def finish_evaluation(output: Path) -> dict[str, Any]:
     """Grade what is saved, write metrics.json, plots and report, print the table."""
     config = read_config(output)
     if config is None:
@@ -257,7 +260,7 @@ def finish(output: Path) -> dict[str, Any]:
     try:
         for line in predictions:
             line |= graded(line)
-        summary = summarise(predictions, config, output)
+        summary = summarise_answers(predictions, config, output)
     except KeyError as error:
         raise StoreError(
             f"{output}/predictions.jsonl: a line lacks {error}; it was not written by this command"
@@ -265,7 +268,7 @@ def finish(output: Path) -> dict[str, Any]:
     write_json(output / "metrics.json", summary)
     plots.write_plots(output / "plots", predictions, summary)
     page.write_report(output, predictions, summary, config)
-    tables.print_table(summary, config, output)
+    tables.print_evaluation(summary, config, output)
     return summary
 
 

@@ -130,7 +130,7 @@ def paper_figures(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**row, "n": PAPER_ROWS} for row in rows]
 
 
-def summarise(
+def summarise_answers(
     predictions: Sequence[dict[str, Any]], config: dict[str, Any], output: Path
 ) -> dict[str, Any]:
     """The content of metrics.json."""

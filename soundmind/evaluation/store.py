@@ -35,7 +35,7 @@ class StoreError(RuntimeError):
     """An output folder that cannot be used or written to, with what to do about it."""
 
 
-def fingerprint(config: dict[str, Any]) -> str:
+def settings_fingerprint(config: dict[str, Any]) -> str:
     """Digest of the settings that define the numbers."""
     text = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

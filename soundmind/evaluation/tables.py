@@ -140,7 +140,7 @@ def floor_text(summary: dict[str, Any]) -> str:
 # --- terminal -------------------------------------------------------------------------------------
 
 
-def print_table(summary: dict[str, Any], config: dict[str, Any], output: Path) -> None:
+def print_evaluation(summary: dict[str, Any], config: dict[str, Any], output: Path) -> None:
     """The evaluation's results on the terminal."""
     from rich.console import Console
     from rich.table import Table

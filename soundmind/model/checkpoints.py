@@ -90,7 +90,7 @@ def publish(root: Path, step: int, base: Path | None) -> Path:
     files = sorted(path for path in written.rglob("*") if path.is_file())
     record: dict[str, Any] = {
         "step": step,
-        "base": fingerprint(base) if base is not None and base.is_dir() else None,
+        "base": weights_fingerprint(base) if base is not None and base.is_dir() else None,
         "files": {str(path.relative_to(written)): path.stat().st_size for path in files},
     }
     (written / COMPLETE).write_text(json.dumps(record, indent=1) + "\n")
@@ -146,7 +146,7 @@ def prune(root: Path, keep: int | None) -> None:
             shutil.rmtree(path)
 
 
-def fingerprint(base: Path) -> str:
+def weights_fingerprint(base: Path) -> str:
     """A digest that tells one set of thinker weights from another, however it is cut into files.
 
     Name, type, shape and a few bytes of every tensor: training changes it, renaming or splitting

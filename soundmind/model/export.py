@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-RECORD = "export.json"
+EXPORT_RECORD = "export.json"
 
 
 ADAPTER_FOLDER = "adapter"
@@ -29,7 +29,7 @@ class ExportError(ValueError):
 
 
 @dataclass
-class Trained:
+class TrainedWeights:
     """What a checkpoint holds, by the thinker's own names (`model.layers.0...`)."""
 
     weights: dict[str, torch.Tensor]
@@ -66,7 +66,7 @@ def export(checkpoint: Path, base: Path, output: Path) -> Path:
         if trained.adapter:
             _write_adapter(partial / ADAPTER_FOLDER, base, trained)
             record["adapter"] = ADAPTER_FOLDER
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (partial / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -94,7 +94,7 @@ def _require_base(base: Path, checkpoint: Path) -> None:
     if faults := weight_faults(base):
         raise ExportError(f"the base is incomplete: {'; '.join(faults[:3])}; download it again")
     wanted = checkpoints.recorded_base(checkpoint)
-    if wanted is not None and checkpoints.fingerprint(base) != wanted:
+    if wanted is not None and checkpoints.weights_fingerprint(base) != wanted:
         raise ExportError(
             f"{base} holds other weights than {checkpoint} was trained from; name the base that was "
             "trained with --base"
@@ -105,18 +105,18 @@ def _require_free(output: Path, base: Path) -> None:
     """`output` is new, empty, or an earlier export that may be replaced."""
     if output.resolve() == base.resolve():
         raise ExportError(f"{output} is the base itself; choose another --output")
-    if output.exists() and any(output.iterdir()) and not (output / RECORD).is_file():
+    if output.exists() and any(output.iterdir()) and not (output / EXPORT_RECORD).is_file():
         raise ExportError(
-            f"{output} exists and is no export (no {RECORD}); choose another --output"
+            f"{output} exists and is no export (no {EXPORT_RECORD}); choose another --output"
         )
 
 
-def load_trained(actor: Path) -> Trained:
+def load_trained(actor: Path) -> TrainedWeights:
     """A checkpoint's weights, and its LoRA adapter if it has one."""
     state = load_sharded_state(actor)
     adapter = {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
     if not adapter:
-        return Trained(state)
+        return TrainedWeights(state)
     settings = actor / lora.ADAPTER_CONFIG
     if not settings.is_file():
         raise ExportError(
@@ -125,10 +125,10 @@ def load_trained(actor: Path) -> Trained:
     weights = {
         lora.base_name(name): tensor for name, tensor in state.items() if name not in adapter
     }
-    return Trained(weights, adapter, json.loads(settings.read_text()))
+    return TrainedWeights(weights, adapter, json.loads(settings.read_text()))
 
 
-def _require_fit(trained: Trained, base: Path) -> None:
+def _require_fit(trained: TrainedWeights, base: Path) -> None:
     """Every trained tensor has a place of its shape in the base, and none is missing."""
     shapes = {
         name.removeprefix(THINKER_PREFIX): shape
@@ -200,7 +200,7 @@ def _join(parts: list[Any]) -> torch.Tensor:
     raise ExportError(f"cannot join a tensor with placement {placement}")
 
 
-def _write_weights(base: Path, output: Path, trained: Trained) -> int:
+def _write_weights(base: Path, output: Path, trained: TrainedWeights) -> int:
     """Copy the base's weight files with the trained tensors put in; returns how many they are."""
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -241,7 +241,7 @@ def _require_same(name: str, kept: torch.Tensor, tensor: torch.Tensor, base: Pat
         )
 
 
-def _write_adapter(folder: Path, base: Path, trained: Trained) -> None:
+def _write_adapter(folder: Path, base: Path, trained: TrainedWeights) -> None:
     """The adapter as PEFT saves one, to be loaded onto the thinker of `base`."""
     from safetensors.torch import save_file
 

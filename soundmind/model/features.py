@@ -4,7 +4,7 @@ transformers' Qwen2.5-Omni processor pads every clip to its 300 s window before 
 spectrogram: 15.4 MB and about 0.16 s of CPU a clip, whatever the clip's length. Every frame but the
 last depends only on samples within one FFT window, so extracting from the clip padded with zeros to
 the next hop *and two hops more*, then cutting to the frames the mask keeps, gives the same bits
-(measured; held by tests/test_features.py). One thing is global in the stock code: values are
+(measured; held by tests/model/test_features.py). One thing is global in the stock code: values are
 clamped to eight below the clip's own maximum, and the padding never holds that maximum.
 
 `wrap_extractor` turns `WhisperFeatureExtractor.__call__` into this, with a cache keyed by the

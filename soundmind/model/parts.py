@@ -86,7 +86,7 @@ def trained_parts(train: Mapping[str, Any], lora_rank: int = 0) -> frozenset[str
 
 
 @dataclass(frozen=True)
-class Row:
+class TableLine:
     """A line of the table: parameters of a part in the base, and how many values are trained."""
 
     part: str
@@ -97,7 +97,7 @@ class Row:
 
 def rows(
     folder: Path, train: Mapping[str, Any], lora_rank: int = 0, target_modules: Any = "all-linear"
-) -> list[Row]:
+) -> list[TableLine]:
     """The table's lines for a complete model folder, from headers alone; parts it lacks left out.
 
     `train` has `audio_tower` and `projector`; `lora_rank` and `target_modules` are verl's keys.
@@ -125,7 +125,7 @@ def _adapted_weights(names: Iterable[str], target_modules: Any) -> Iterator[str]
 
 def table_rows(
     parameters: Mapping[str, int], trained: Iterable[str], lora_rank: int = 0, adapter: int = 0
-) -> list[Row]:
+) -> list[TableLine]:
     """Lines from parameters by part and the parts that are trained, in the order of `PARTS`."""
     trained = set(trained)
     found = []
@@ -134,20 +134,20 @@ def table_rows(
         if not count:
             continue
         if part in NOT_LOADED:
-            found.append(Row(part, count, 0, "not loaded"))
+            found.append(TableLine(part, count, 0, "not loaded"))
         elif lora_rank > 0 and part == "language_model":
-            found.append(Row(part, count, adapter, f"LoRA rank {lora_rank}"))
+            found.append(TableLine(part, count, adapter, f"LoRA rank {lora_rank}"))
         elif part in trained:
-            found.append(Row(part, count, count, "trained"))
+            found.append(TableLine(part, count, count, "trained"))
         else:
-            found.append(Row(part, count, 0, "frozen"))
+            found.append(TableLine(part, count, 0, "frozen"))
     return found
 
 
-def format_table(lines: Iterable[Row]) -> str:
+def format_table(lines: Iterable[TableLine]) -> str:
     """The table as text, with a last line of sums."""
     lines = list(lines)
-    total = Row(
+    total = TableLine(
         "total", sum(row.parameters for row in lines), sum(row.trained for row in lines), ""
     )
     cells = [("part", "parameters", "trained", "state")]

@@ -11,17 +11,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from soundmind.data.audio import AUDIO_TOKENS_PER_SECOND, MEL_FRAMES_PER_SECOND
 from soundmind.planning import flops, memory, rules
 from soundmind.planning.memory import MicroBatch, Training
 from soundmind.planning.sizes import OmniSize, model_size
 
 GB = 10**9
-
-
-MEL_FRAMES_PER_SECOND = 100
-
-
-TOKENS_PER_SECOND = 25
 
 
 # Rows of the published splits (paper, table 3), used where the Parquet is not there yet. [paper]
@@ -97,7 +92,7 @@ class Assumptions:
     @property
     def audio_tokens(self) -> int:
         """Tokens of a mean clip."""
-        return round(self.clip_seconds * TOKENS_PER_SECOND)
+        return round(self.clip_seconds * AUDIO_TOKENS_PER_SECOND)
 
     @property
     def prompt_tokens(self) -> int:
@@ -226,7 +221,7 @@ def micro_batch(config: DictConfig, side: str, clip_tokens: int) -> MicroBatch:
         dynamic = settings.log_prob_use_dynamic_bsz
         budget = settings.log_prob_max_token_len_per_gpu
         rows = settings.log_prob_micro_batch_size_per_gpu
-    clip = (clip_tokens * MEL_FRAMES_PER_SECOND // TOKENS_PER_SECOND,) if clip_tokens else ()
+    clip = (clip_tokens * MEL_FRAMES_PER_SECOND // AUDIO_TOKENS_PER_SECOND,) if clip_tokens else ()
     packed = bool(config.actor_rollout_ref.model.use_remove_padding)
     length = row
     if dynamic:
@@ -438,7 +433,7 @@ def step_seconds(
 # --- the longest prompt ---------------------------------------------------------------------------
 
 
-def longest_prompt(
+def prompt_limits(
     config: DictConfig, setup: Training, card: Card, reserve: int, kv_tokens: int
 ) -> dict[str, int]:
     """Tokens of the longest prompt that each budget holds, and `one sequence`: what is asked for."""
@@ -458,7 +453,7 @@ def longest_prompt(
 
 def _one_row(setup: Training, prompt: int, response: int) -> int:
     """Bytes of an update with one row, its prompt all audio, one of several micro-batches."""
-    clips = (prompt * MEL_FRAMES_PER_SECOND // TOKENS_PER_SECOND,) if prompt else ()
+    clips = (prompt * MEL_FRAMES_PER_SECOND // AUDIO_TOKENS_PER_SECOND,) if prompt else ()
     batch = MicroBatch(1, prompt + response, clips, logits=response)
     overhead = 2 * CONTEXT_BYTES + (COLLECTIVE_BYTES if setup.ranks > 1 else 0)
     return memory.training_peak(setup, batch, micro_batches=2).total + overhead
@@ -497,7 +492,7 @@ def make_plan(config: DictConfig, name: str, card: Card, assumed: Assumptions) -
             for check in (
                 rules.group_size,
                 rules.batch_sizes,
-                rules.micro_batches,
+                rules.micro_batch_sizes,
                 rules.tensor_parallel,
                 rules.lengths,
             )
@@ -520,7 +515,7 @@ def make_plan(config: DictConfig, name: str, card: Card, assumed: Assumptions) -
         steps=int(steps),
         rows=rows,
         rows_source=source,
-        longest_prompt=longest_prompt(config, setup, card, reserve, kv_tokens),
+        longest_prompt=prompt_limits(config, setup, card, reserve, kv_tokens),
         problems=problems,
         assumptions=assumed,
     )

@@ -58,7 +58,7 @@ def batch_sizes(config: DictConfig) -> Iterator[str]:
         )
 
 
-def micro_batches(config: DictConfig) -> Iterator[str]:
+def micro_batch_sizes(config: DictConfig) -> Iterator[str]:
     """Log-probabilities are computed in micro-batches too: of the actor, and of the reference."""
     actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
     rollout = config.actor_rollout_ref.rollout

@@ -34,7 +34,7 @@ def torchvision_lacks_operators(torch_cuda: str | None) -> bool:
         return False
 
 
-def load() -> None:
+def load_backend() -> None:
     """Entry point: declare the operator schemas that `import torchvision` expects, if missing."""
     global _library
     import torch

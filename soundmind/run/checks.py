@@ -1,6 +1,6 @@
 """Everything about a training run that can be known before Ray starts, checked in one pass.
 
-`require(config)` raises `CheckError` with *all* problems, each naming what is wrong and what to do
+`find_problems(config)` yields *all* problems, each naming what is wrong and what to do
 next. verl itself would notice most of them minutes later, inside a worker, and some of them never:
 an unsupported processor becomes text-only training, and old reward keys are ignored.
 """
@@ -26,7 +26,7 @@ from soundmind.planning.rules import (
     batch_sizes,
     group_size,
     lengths,
-    micro_batches,
+    micro_batch_sizes,
     tensor_parallel,
 )
 from soundmind.planning.sizes import PUBLISHED, SizeError
@@ -51,26 +51,19 @@ class CheckError(ValueError):
         )
 
 
-def require(config: DictConfig) -> None:
-    """Raise `CheckError` with every problem found in `config`."""
-    problems = list(find_problems(config))
-    if problems:
-        raise CheckError(problems)
-
-
 def find_problems(config: DictConfig) -> Iterator[str]:
     """Problems of `config`, cheap checks first; the model is read only when its folder is there."""
     for check in (
-        versions,
+        installed_versions,
         reward_keys,
         reward_settings,
         device,
-        gpu_memory,
+        gpu_capacity,
         cluster,
         group_size,
         shared_prompts,
         batch_sizes,
-        micro_batches,
+        micro_batch_sizes,
         tensor_parallel,
         lengths,
         lora_targets,
@@ -80,12 +73,12 @@ def find_problems(config: DictConfig) -> Iterator[str]:
         yield from check(config)
     model_problems = list(model_folder(config))
     yield from model_problems
-    yield from lora_checks.find_problems(config)
+    yield from lora_checks.part_problems(config)
     if not model_problems:
         yield from processor_and_prompts(config)
 
 
-def versions(config: DictConfig) -> Iterator[str]:
+def installed_versions(config: DictConfig) -> Iterator[str]:
     """The plugin relies on internals of one verl release, each pinned by a test."""
     try:
         found = importlib.metadata.version("verl")
@@ -163,7 +156,7 @@ def device(config: DictConfig) -> Iterator[str]:
         )
 
 
-def gpu_memory(config: DictConfig) -> Iterator[str]:
+def gpu_capacity(config: DictConfig) -> Iterator[str]:
     """The smallest GPU of this machine holds what `soundmind.plan` counts for the configuration."""
     from soundmind.planning import plan
     from soundmind.system import machine
@@ -275,7 +268,7 @@ def checkpoint_faults(step: Path, config: DictConfig) -> list[str]:
         ]
     base, recorded = Path(str(config.actor_rollout_ref.model.path)), checkpoints.recorded_base(step)
     if recorded and base.is_dir() and not weight_faults(base):
-        found = checkpoints.fingerprint(base)
+        found = checkpoints.weights_fingerprint(base)
         if found != recorded:
             return [
                 f"{step} was trained from another base than {base} (fingerprint {recorded}, here "

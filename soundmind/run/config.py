@@ -10,8 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
+from soundmind.system.files import REPOSITORY
 
 CONFIG_DIR = REPOSITORY / "configs"
 

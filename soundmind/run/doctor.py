@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from soundmind.run.config import REPOSITORY
 from soundmind.system import machine as system_machine
+from soundmind.system.files import REPOSITORY
 
 VERL = "0.9.1"
 

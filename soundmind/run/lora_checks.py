@@ -55,7 +55,7 @@ def lora_targets(config: DictConfig) -> Iterator[str]:
         )
 
 
-def find_problems(config: Any) -> Iterator[str]:
+def part_problems(config: Any) -> Iterator[str]:
     """Problems of a run's configuration with what it trains; one sentence each.
 
     `config` is the composed configuration. Nothing is loaded; local folders are looked into.

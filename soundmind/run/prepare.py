@@ -9,8 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from soundmind.run.config import ConfigError
-
-MODES = ("audio", "text", "dual")
+from soundmind.task.schema import MODES
 
 
 def parquet_files(config: DictConfig) -> list[Path]:
@@ -34,8 +33,8 @@ def prepare_practice(config: DictConfig) -> None:
 
     data = Path(config.run.practice_dir)
     model = Path(config.actor_rollout_ref.model.path)
-    practice.build(data)
-    tiny.build(model, seed=int(config.run.stand_in_seed), data=data)
+    practice.build_practice(data)
+    tiny.build_stand_in(model, seed=int(config.run.stand_in_seed), data=data)
     for mode in modes_of(parquet_files(config)):
         _make_parquet(mode=mode, task="practice", data_dir=str(data), tokenizer=str(model))
 
@@ -66,7 +65,7 @@ def _make_parquet(**options: Any) -> None:
     from soundmind.data.sources import SourceError
 
     try:
-        preprocess.run(preprocess.resolve(**options))
+        preprocess.make_parquet(preprocess.make_job(**options))
     except preprocess.BadInput as error:
         print(error.report())
         raise ConfigError(f"{options['data_dir']} has faults, see above") from None

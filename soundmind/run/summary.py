@@ -28,7 +28,7 @@ def mcnemar(before: Validation, after: Validation) -> dict[str, Any]:
     return {"n": len(shared), "won": won, "lost": lost, "p": p}
 
 
-def summarise(run: Path, config: DictConfig, seconds_total: float) -> dict[str, Any]:
+def summarise_run(run: Path, config: DictConfig, seconds_total: float) -> dict[str, Any]:
     """The content of summary.json; a figure that the run does not have is None."""
     metrics = read_metrics(run)
     steps = [line for line in metrics if "reward/score/mean" in line]
@@ -75,7 +75,7 @@ def summarise(run: Path, config: DictConfig, seconds_total: float) -> dict[str, 
 # --- the end of a run -----------------------------------------------------------------------------
 
 
-def finish(folder: RunFolder, config: DictConfig) -> dict[str, Any]:
+def finish_run(folder: RunFolder, config: DictConfig) -> dict[str, Any]:
     """Export, draw, summarise and print the table; `summary.json` marks the run as finished."""
     seconds = folder.end_attempt()
     folder.prune_checkpoints(config.trainer.max_actor_ckpt_to_keep)
@@ -86,19 +86,19 @@ def complete(run: Path, config: DictConfig, seconds_total: float) -> dict[str, A
     """Everything a finished training leaves behind; safe to repeat."""
     from soundmind.model import export
 
-    summary = summarise(run, config, seconds_total)
+    summary = summarise_run(run, config, seconds_total)
     draw_curves(run, summary["start"])
     if config.run.export and config.trainer.save_freq > 0:
         checkpoint = export.find_checkpoint(run)
         export.export(checkpoint, export.base_of(run), run / "export")
         summary["export"] = str(run / "export")
         summary["export_step"] = int(checkpoint.name.removeprefix("global_step_"))
-    print_table(summary)
+    print_summary(summary)
     write_json(run / "summary.json", summary)
     return summary
 
 
-def print_table(summary: dict[str, Any]) -> None:
+def print_summary(summary: dict[str, Any]) -> None:
     """The run's results on the terminal."""
     table = Table(title=f"{summary['config']}, seed {summary['seed']}, {summary['steps']} steps")
     table.add_column("")

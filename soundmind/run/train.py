@@ -20,10 +20,10 @@ from soundmind.model import parts
 from soundmind.plugin import environment as plugin_environment
 from soundmind.run import folder as run_folder
 from soundmind.run.checks import verl_problems
-from soundmind.run.config import REPOSITORY
 from soundmind.run.folder import RunFolder
 from soundmind.system import files as system_files
 from soundmind.system import machine
+from soundmind.system.files import REPOSITORY
 
 
 class NodeLostError(RuntimeError):
@@ -116,7 +116,7 @@ def dry_run(config: DictConfig, name: str) -> str:
     return "\n".join(lines)
 
 
-def _parts(config: DictConfig) -> list[parts.Row]:
+def _parts(config: DictConfig) -> list[parts.TableLine]:
     """What is trained of the model, part by part; empty where its folder is not on this disk."""
     model = config.actor_rollout_ref.model
     folder = Path(str(model.path)).expanduser()
@@ -238,5 +238,5 @@ def train(config: DictConfig, name: str) -> Path:
             raise NodeLostError(
                 f"{error}, and the same command continues from step {step}"
             ) from error.__cause__
-    summary.finish(folder, config)
+    summary.finish_run(folder, config)
     return folder.path

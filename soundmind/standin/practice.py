@@ -31,7 +31,7 @@ from soundmind.standin.syllogism import NAMES, NOUNS, Syllogism
 from soundmind.system.files import write_atomically
 
 # To be raised with every change that alters a byte of the set (tests compare data/sample).
-VERSION = 1
+PRACTICE_VERSION = 1
 
 
 ROWS = {"train": 5000, "dev": 200, "test": 800}
@@ -93,7 +93,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Row:
+class PracticeRow:
     """One row before it is spoken."""
 
     id: str
@@ -114,7 +114,7 @@ class Row:
 # --- rows: pure functions of (seed, split, index) -------------------------------------------------
 
 
-def make_row(seed: int, split: str, index: int) -> Row:
+def make_row(seed: int, split: str, index: int) -> PracticeRow:
     """Row `index` (from 0) of a split.
 
     Every eight consecutive rows hold each combination of label, kind of mismatch and (in test)
@@ -144,13 +144,13 @@ def make_row(seed: int, split: str, index: int) -> Row:
         tail=draw.uniform(*TAIL_SECONDS),
     )
     syllogism = Syllogism(first, second, minor, conclusion, draw.choice(NAMES))
-    return Row(f"{index + 1:04d}", syllogism, recipe)
+    return PracticeRow(f"{index + 1:04d}", syllogism, recipe)
 
 
 # --- clips ----------------------------------------------------------------------------------------
 
 
-def speak_question(row: Row) -> npt.NDArray[np.int16]:
+def speak_question(row: PracticeRow) -> npt.NDArray[np.int16]:
     """The spoken sentence, shape (num_samples,), 16 kHz."""
     import soxr
 
@@ -276,10 +276,10 @@ def swapped_partners(labels: Sequence[int]) -> list[int]:
 
 def settings(seed: int, rows: dict[str, int]) -> dict[str, Any]:
     """What the bytes of the set depend on."""
-    return {"version": VERSION, "seed": seed, "rows": dict(rows)}
+    return {"version": PRACTICE_VERSION, "seed": seed, "rows": dict(rows)}
 
 
-def build(
+def build_practice(
     output: Path, *, seed: int = 0, rows: dict[str, int] | None = None, workers: int | None = None
 ) -> dict[str, Any]:
     """Bring the set in `output` up to date and return its manifest."""

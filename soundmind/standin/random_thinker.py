@@ -23,7 +23,7 @@ TOKENS = {
 VISION_HEAD = 80  # width of one head
 
 
-def thinker_config(size: OmniSize) -> Any:
+def random_thinker_config(size: OmniSize) -> Any:
     """transformers' `Qwen2_5OmniThinkerConfig` with the dimensions of `size`. [ours]"""
     from transformers import Qwen2_5OmniThinkerConfig
 
@@ -86,5 +86,5 @@ def random_thinker(
     torch.manual_seed(seed)
     with torch.device(device):
         return Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-            thinker_config(size), dtype=dtype or torch.float32, attn_implementation=attention
+            random_thinker_config(size), dtype=dtype or torch.float32, attn_implementation=attention
         )

@@ -51,10 +51,12 @@ _NAMED_TOKENS = {
 }
 
 
-VERSION = 1  # to be raised with every change of sizes or files, so that old folders are rebuilt
+STANDIN_VERSION = (
+    1  # to be raised with every change of sizes or files, so that old folders are rebuilt
+)
 
 
-RECORD = "warmup.json"  # what was built and how, inside the checkpoint folder
+STANDIN_RECORD = "warmup.json"  # what was built and how, inside the checkpoint folder
 
 
 SPEAKERS = ("Chelsie", "Ethan")  # the published voices
@@ -325,7 +327,7 @@ def parameter_counts(model: Any) -> dict[str, int]:
 def recipe_digest() -> str:
     """Digest of everything but the seed that decides what an untrained checkpoint contains."""
     texts = (*tokenizer_corpus(), *SPECIAL_TOKENS, CHAT_TEMPLATE)
-    return digest_of(str(VERSION), *texts)
+    return digest_of(str(STANDIN_VERSION), *texts)
 
 
 def digest_of(*parts: bytes | str) -> str:
@@ -340,13 +342,13 @@ def digest_of(*parts: bytes | str) -> str:
 def is_current(output: Path, identity: dict[str, Any]) -> bool:
     """Whether `output` is a checkpoint that a build with this `identity` would make again."""
     try:
-        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((output / STANDIN_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and record.get("identity") == identity
 
 
-def build(output: Path, *, seed: int = 0, data: Path | None = None) -> dict[str, Any]:
+def build_stand_in(output: Path, *, seed: int = 0, data: Path | None = None) -> dict[str, Any]:
     """Build the stand-in into the folder `output` and return what `warmup.json` says.
 
     Without `data` the weights stay random. With it they are warmed up on its train split first.
@@ -360,7 +362,7 @@ def build(output: Path, *, seed: int = 0, data: Path | None = None) -> dict[str,
     identity = {"seed": seed, "recipe": recipe_digest(), "warmup": settings}
     if is_current(output, identity):
         print(f"{output}: up to date", flush=True)
-        record: dict[str, Any] = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((output / STANDIN_RECORD).read_text(encoding="utf-8"))
         return record
 
     import torch
@@ -386,13 +388,13 @@ def build(output: Path, *, seed: int = 0, data: Path | None = None) -> dict[str,
         "torch": torch.__version__,
     }
     if data is not None:
-        record |= warmup.run(model.thinker, tokenizer, data, seed)
+        record |= warmup.warm_up(model.thinker, tokenizer, data, seed)
     record["seconds"] = round(time.monotonic() - started, 1)
 
     def fill(folder: Path) -> None:
         write_checkpoint(model, tokenizer, folder, seed)
         text = json.dumps(record, indent=2, ensure_ascii=False)
-        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        (folder / STANDIN_RECORD).write_text(text + "\n", encoding="utf-8")
 
     replace_folder(output, fill)
     state = "warmed up" if data is not None else "random weights"

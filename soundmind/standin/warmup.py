@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2TokenizerFast
 
 
-VERSION = 1  # to be raised with every change of the procedure that its settings do not show
+WARMUP_VERSION = 1  # to be raised with every change of the procedure that its settings do not show
 
 
 MAX_RESPONSE_TOKENS = 32  # a clean target has 25
@@ -127,7 +127,11 @@ def identity(data: Path) -> dict[str, Any]:
             f"no complete practice set in {data}. Build it with: "
             f"python -m soundmind.practice --output {data}"
         ) from None
-    return {"version": VERSION, "data": digests, "stages": [asdict(stage) for stage in STAGES]}
+    return {
+        "version": WARMUP_VERSION,
+        "data": digests,
+        "stages": [asdict(stage) for stage in STAGES],
+    }
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def load_clips(data: Path, split: str, limit: int | None = None) -> list[Clip]:
     return clips
 
 
-class Prompt:
+class WarmupPrompt:
     """Token ids of the audio prompt, whose text is the same for every clip."""
 
     def __init__(self, tokenizer: Qwen2TokenizerFast) -> None:
@@ -223,7 +227,11 @@ def audio_inputs(clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
 
 
 def token_losses(
-    thinker: Any, prompt: Prompt, clips: Sequence[Clip], responses: Sequence[list[int]], pad: int
+    thinker: Any,
+    prompt: WarmupPrompt,
+    clips: Sequence[Clip],
+    responses: Sequence[list[int]],
+    pad: int,
 ) -> torch.Tensor:
     """Cross-entropy of every response token, shape (num_response_tokens,)."""
     import torch
@@ -263,14 +271,14 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * ramp * (0.05 + 0.95 * cosine)
 
 
-def train(
+def train_stage(
     thinker: Any, tokenizer: Qwen2TokenizerFast, clips: Sequence[Clip], stage: Stage, seed: int
 ) -> list[float]:
     """Run one stage and return the loss (nats a response token) of each step."""
     import torch
 
     draw = random.Random(f"{seed}/{stage.name}")
-    prompt = Prompt(tokenizer)
+    prompt = WarmupPrompt(tokenizer)
     end, pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
     weights = [
         parameter
@@ -319,7 +327,7 @@ def respond(
     """The model's answer to every clip, in order; greedy at temperature 0."""
     import torch
 
-    prompt = Prompt(tokenizer)
+    prompt = WarmupPrompt(tokenizer)
     end, pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
     banned = [token for token in tokenizer.all_special_ids if token != end]
     sampling: dict[str, Any] = {"do_sample": False}
@@ -379,7 +387,7 @@ def score(answers: Sequence[str], clips: Sequence[Clip]) -> dict[str, float]:
     }
 
 
-def describe(measures: dict[str, float]) -> str:
+def describe_warmup(measures: dict[str, float]) -> str:
     """One line for the terminal."""
     return (
         f"accuracy {100 * measures['accuracy']:.1f} %, format {100 * measures['format']:.1f} %, "
@@ -391,7 +399,7 @@ def describe(measures: dict[str, float]) -> str:
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def run(thinker: Any, tokenizer: Qwen2TokenizerFast, data: Path, seed: int) -> dict[str, Any]:
+def warm_up(thinker: Any, tokenizer: Qwen2TokenizerFast, data: Path, seed: int) -> dict[str, Any]:
     """Warm `thinker` up in place; returns what `warmup.json` records about it."""
     import torch
 
@@ -416,9 +424,9 @@ def _run(thinker: Any, tokenizer: Qwen2TokenizerFast, data: Path, seed: int) -> 
     stages: list[dict[str, Any]] = []
     for stage in STAGES:
         stage_started = time.monotonic()
-        losses = train(thinker, tokenizer, clips, stage, seed)
+        losses = train_stage(thinker, tokenizer, clips, stage, seed)
         greedy = score(respond(thinker, tokenizer, held_out), held_out)
-        print(f"{stage.name}: greedy {describe(greedy)}", flush=True)
+        print(f"{stage.name}: greedy {describe_warmup(greedy)}", flush=True)
         stages.append(
             {
                 **asdict(stage),
@@ -438,6 +446,6 @@ def _run(thinker: Any, tokenizer: Qwen2TokenizerFast, data: Path, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sampled = score(respond(thinker, tokenizer, held_out, temperature=1.0), held_out)
-    print(f"{STAGES[-1].name}: sampled {describe(sampled)}", flush=True)
+    print(f"{STAGES[-1].name}: sampled {describe_warmup(sampled)}", flush=True)
     stages[-1]["sampled"] = sampled
     return {"stages": stages}

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = (
+    Path(__file__).resolve().parents[2]
+)  # the project's folder, where it runs from a checkout
+
 
 class BusyError(OSError):
     """Somebody else is writing to the same folder."""

@@ -7,7 +7,7 @@ behind them in one row:
     prompt response_1 response_2 ... response_n
 
 Every response continues at the position where the prompt ends and sees the prompt and itself, not
-its siblings; log-probabilities and gradients are those of separate rows (tests/test_engine.py).
+its siblings; log-probabilities and gradients are those of separate rows (tests/training/test_engine.py).
 Attention takes the pattern as a dense mask, which sdpa does and flash-attention does not. [ours]
 """
 

@@ -1,4 +1,4 @@
-"""Run by tests/test_evaluate_engine.py in a process of its own: every evaluation of one engine.
+"""Run by tests/evaluation/test_evaluate_engine.py in a process of its own: every evaluation of one engine.
 
     python tests/support/evaluate_stand_in.py WORK
 
@@ -41,26 +41,26 @@ def main() -> None:
         batch_rows=3,
         max_model_len=400,
     )
-    evaluate.run(options)
+    evaluate.evaluate(options)
 
     killed = work / "killed"  # as a kill in the third batch leaves it: six rows and a piece
     killed.mkdir()
     shutil.copy(work / "whole/config.yaml", killed)
     lines = (work / "whole" / PREDICTIONS).read_bytes().splitlines(keepends=True)
     (killed / PREDICTIONS).write_bytes(b"".join(lines[:7]) + lines[7][:40])
-    evaluate.run(replace(options, output_dir=killed))
+    evaluate.evaluate(replace(options, output_dir=killed))
 
     for mode in ("text", "dual"):
         data = work / f"parquet/{mode}/test.parquet"
-        evaluate.run(replace(options, data=data, output_dir=work / mode))
+        evaluate.evaluate(replace(options, data=data, output_dir=work / mode))
 
     for name in ("faulty", "embedded"):
         data = work / name / "audio/test.parquet"
-        evaluate.run(replace(options, data=data, output_dir=work / f"{name}_out"))
+        evaluate.evaluate(replace(options, data=data, output_dir=work / f"{name}_out"))
 
     sampled = replace(options, samples=3, limit=4, batch_rows=2)
-    evaluate.run(replace(sampled, output_dir=work / "sampled"))
-    evaluate.run(replace(sampled, output_dir=work / "sampled_again"))
+    evaluate.evaluate(replace(sampled, output_dir=work / "sampled"))
+    evaluate.evaluate(replace(sampled, output_dir=work / "sampled_again"))
 
     sys.stdout.flush()
     os._exit(0)  # past vLLM's leak warnings

@@ -248,7 +248,7 @@ def test_verl_knows_what_the_device_promises(name: str, tera: float) -> None:
 
 def test_clips_of_all_ranks_are_summed() -> None:
     code = (
-        "import sys, torch.distributed as dist; from soundmind.planning.flops import sum_over_ranks; "
+        "import sys, torch.distributed as dist; from soundmind.training.utilisation import sum_over_ranks; "
         "rank = int(sys.argv[1]); "
         "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, "
         "world_size=2); print(sum_over_ranks(10.0 + rank))"

@@ -12,7 +12,7 @@ from soundmind import preprocess
 from soundmind.data.audio import probe_clip
 
 pytest.importorskip("espeakng_loader")
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "speak_annotations.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "speak_annotations.py"
 MakeData = Callable[..., Path]
 
 

@@ -15,7 +15,7 @@ from soundmind.standin import practice, syllogism
 from soundmind.standin.syllogism import Syllogism
 from soundmind.task.labels import parse_verdict, verdict_of
 
-SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
 SMALL = {"train": 10, "dev": 2, "test": 9}
 
 
@@ -170,8 +170,8 @@ def test_the_sample_is_laid_out_like_the_real_data() -> None:
 
 def test_bytes_do_not_depend_on_workers_or_size(tmp_path: Path) -> None:
     need_speech()
-    practice.build(tmp_path / "one", rows=SMALL, workers=1)
-    practice.build(tmp_path / "two", rows=SMALL, workers=2)
+    practice.build_practice(tmp_path / "one", rows=SMALL, workers=1)
+    practice.build_practice(tmp_path / "two", rows=SMALL, workers=2)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     question = "train/0008/question.wav"  # the sample has eight train rows, this set ten
     assert tree(tmp_path / "one")[question] == (SAMPLE / question).read_bytes()
@@ -181,11 +181,11 @@ def test_a_complete_set_is_left_alone_and_a_changed_one_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     need_speech()
-    practice.build(tmp_path, rows=SMALL, workers=1)
+    practice.build_practice(tmp_path, rows=SMALL, workers=1)
     clip = tmp_path / "test" / "0003" / "question.wav"
     before = clip.stat().st_mtime_ns
     capsys.readouterr()
-    practice.build(tmp_path, rows=SMALL, workers=1)
+    practice.build_practice(tmp_path, rows=SMALL, workers=1)
     assert capsys.readouterr().out.endswith("up to date\n")
     assert clip.stat().st_mtime_ns == before
     assert practice.verify(tmp_path) == []
@@ -193,7 +193,7 @@ def test_a_complete_set_is_left_alone_and_a_changed_one_is_found(
     clip.write_bytes(clip.read_bytes()[:-2] + b"\1\1")
     assert practice.verify(tmp_path) == ["test"]
     clip.unlink()
-    practice.build(tmp_path, rows=SMALL, workers=1)
+    practice.build_practice(tmp_path, rows=SMALL, workers=1)
     assert practice.verify(tmp_path) == []
 
 
@@ -201,10 +201,10 @@ def test_an_interrupted_build_looks_incomplete_and_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_speech()
-    practice.build(tmp_path / "whole", rows=SMALL, workers=1)
+    practice.build_practice(tmp_path / "whole", rows=SMALL, workers=1)
     stock, spoken = practice.speak_question, []
 
-    def power_cut(row: practice.Row) -> object:
+    def power_cut(row: practice.PracticeRow) -> object:
         if len(spoken) == 14:  # in dev or test, after a complete train split
             raise KeyboardInterrupt
         spoken.append(row)
@@ -212,22 +212,22 @@ def test_an_interrupted_build_looks_incomplete_and_is_continued(
 
     monkeypatch.setattr(practice, "speak_question", power_cut)
     with pytest.raises(KeyboardInterrupt):
-        practice.build(tmp_path / "cut", rows=SMALL, workers=1)
+        practice.build_practice(tmp_path / "cut", rows=SMALL, workers=1)
     assert (tmp_path / "cut" / "train.jsonl").is_file()
     assert not (tmp_path / "cut" / "test.jsonl").exists()
 
     spoken.clear()
     monkeypatch.setattr(practice, "speak_question", lambda row: (spoken.append(row), stock(row))[1])
-    practice.build(tmp_path / "cut", rows=SMALL, workers=1)
+    practice.build_practice(tmp_path / "cut", rows=SMALL, workers=1)
     assert len(spoken) == sum(SMALL.values()) - 14  # nothing is spoken twice
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 def test_another_seed_replaces_the_set(tmp_path: Path) -> None:
     need_speech()
-    practice.build(tmp_path, rows=SMALL, workers=1)
+    practice.build_practice(tmp_path, rows=SMALL, workers=1)
     old = tree(tmp_path)
-    practice.build(tmp_path, seed=1, rows=SMALL, workers=1)
+    practice.build_practice(tmp_path, seed=1, rows=SMALL, workers=1)
     new = tree(tmp_path)
     assert old["train.jsonl"] != new["train.jsonl"]
     assert not [name for name in new if ".partial" in name]

@@ -11,7 +11,7 @@ import pytest
 
 from soundmind.model.parts import PARTS, part_of
 from soundmind.planning import sizes
-from soundmind.standin.random_thinker import thinker_config
+from soundmind.standin.random_thinker import random_thinker_config
 
 
 def counted(thinker: Any) -> dict[str, int]:
@@ -35,7 +35,7 @@ def meta_thinker(config: Any) -> Any:
 def test_a_published_thinker_has_exactly_as_many_parameters(size: sizes.OmniSize) -> None:
     pytest.importorskip("transformers")
     expected = sizes.parameters(size)
-    found = counted(meta_thinker(thinker_config(size)))
+    found = counted(meta_thinker(random_thinker_config(size)))
     assert found == {part: expected[part] for part in found}
     assert sum(found.values()) == size.thinker_parameters
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from processes import REPOSITORY
 
 from soundmind import inspect as soundmind_inspect
 from soundmind import preprocess
@@ -58,7 +59,7 @@ def test_counts_by_kind_add_up_to_what_the_processor_makes(
     messages = with_clip(row["prompt"], row["_clip"])
     template = inspect.chat_template(tmp_path / "model")
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert inspect.render(messages, template) == rendered
+    assert inspect.render_prompt(messages, template) == rendered
     clip = load_waveform(row["_clip"])
     inputs = processor(text=rendered, audio=[clip], sampling_rate=16_000)
     kinds, unit = inspect.count_kinds(messages, row["extra_info"], template, tmp_path / "model")
@@ -86,13 +87,11 @@ def test_row_that_is_not_there_is_a_plain_message(
     assert soundmind_inspect.main([str(path.with_name("none.parquet"))]) == 2
 
 
-LIGHT = ["schema", "prompts", "audio", "sources", "rows", "token_count", "data_report", "hub"]
-LIGHT += ["preprocess", "clips", "inspect"]
-
-
 def test_data_modules_import_without_torch_or_verl() -> None:
     heavy = ["torch", "verl", "vllm", "transformers", "datasets", "qwen_omni_utils", "librosa"]
     code = f"import sys\nfor name in {heavy}: sys.modules[name] = None\n"
-    code += "".join(f"import soundmind.{name}\n" for name in LIGHT)
+    names = sorted(path.stem for path in (REPOSITORY / "soundmind/data").glob("[a-z]*.py"))
+    code += "".join(f"import soundmind.data.{name}\n" for name in names)
+    code += "import soundmind.preprocess, soundmind.inspect\n"
     done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -69,13 +69,13 @@ def test_the_page_of_the_real_reasonings_stays_under_3_mb(alr_dev: Path, tmp_pat
         saved_line(i, i % 2, 1, text[::-1] if i >= 606 else text) for i, text in enumerate(texts)
     ]
     folder = save(tmp_path / "real", lines)
-    evaluate.finish(folder)
+    evaluate.finish_evaluation(folder)
     assert len(lines) == 656 and (folder / "report.html").stat().st_size < 3_000_000
 
 
 def test_grading_again_changes_nothing(graded: Path) -> None:
     before = {path.name: path.read_bytes() for path in graded.glob("*.*")}
-    evaluate.finish(graded)
+    evaluate.finish_evaluation(graded)
     assert {path.name: path.read_bytes() for path in graded.glob("*.*")} == before
 
 
@@ -87,7 +87,7 @@ def test_the_page_needs_no_network(graded: Path) -> None:
 def test_responses_cannot_inject_markup(tmp_path: Path) -> None:
     line = saved_line(0, 1, 1, "</script><script>alert(1)</script><img src=x onerror=alert(2)>")
     folder = save(tmp_path / "x", [line], model__given="<b>model</b>")
-    evaluate.finish(folder)
+    evaluate.finish_evaluation(folder)
     page = (folder / "report.html").read_text()
     assert "alert(" not in page and "<b>model" not in page
 
@@ -104,7 +104,7 @@ def test_responses_cannot_inject_markup(tmp_path: Path) -> None:
 )
 def test_the_papers_figures_stand_nowhere_else(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = save(tmp_path / "x", [saved_line(0, 1, 1)], **changes)
-    evaluate.finish(folder)
+    evaluate.finish_evaluation(folder)
     assert json.loads((folder / "metrics.json").read_text())["paper"] == []
     assert "81.40" not in (folder / "report.html").read_text()
 
@@ -324,7 +324,7 @@ def test_out_of_memory_starts_over_with_half_the_sequences(
         raise OutOfMemory(16, RuntimeError("CUDA out of memory"))
 
     started: list[list[str]] = []
-    monkeypatch.setattr(evaluate, "run", fail)
+    monkeypatch.setattr(evaluate, "evaluate", fail)
     monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
     soundmind_evaluate.main(["--model", "m", "--data", "d.parquet", "--max-num-seqs", "16"])
     assert started[0][-2:] == ["--max-num-seqs", "8"]
@@ -338,7 +338,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_advice(
     def fail(options: evaluate.Options) -> Path:
         raise OutOfMemory(1, RuntimeError("CUDA out of memory"))
 
-    monkeypatch.setattr(evaluate, "run", fail)
+    monkeypatch.setattr(evaluate, "evaluate", fail)
     assert soundmind_evaluate.main(["--model", "m", "--data", "d.parquet"]) == 2
     assert "--tensor-parallel" in capsys.readouterr().err
 

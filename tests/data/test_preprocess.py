@@ -514,7 +514,7 @@ def test_killed_run_leaves_no_half_file_and_is_picked_up(
     assert not group_is_alive(process.pid)
     finished = {path: path.stat().st_mtime_ns for path in work.glob("*.arrow")}
     assert finished
-    job = data_preprocess.resolve(**vars(preprocess.parse_arguments(command[3:])))
+    job = data_preprocess.make_job(**vars(preprocess.parse_arguments(command[3:])))
     scanned = data_preprocess.scan_splits(job, [data_sources.find_split(root, "train")], work)
     assert set(finished) <= set(scanned["train"].parts)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # used as they were
@@ -530,7 +530,7 @@ def test_killed_run_leaves_no_half_file_and_is_picked_up(
 def test_part_damaged_by_a_power_cut_is_made_again(make_github: MakeData) -> None:
     root = make_github({"dev": 3})
     arguments = ["--mode", "audio", "--data-dir", str(root), "--tokenizer", "none"]
-    job = data_preprocess.resolve(
+    job = data_preprocess.make_job(
         **vars(preprocess.parse_arguments([*arguments, "--splits", "dev"]))
     )
     job.work.mkdir(parents=True)

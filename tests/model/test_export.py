@@ -129,8 +129,8 @@ def test_a_fingerprint_knows_the_weights_and_not_the_files(
     names = sorted(tensors)
     save_file({n: tensors[n] for n in names[::2]}, tmp_path / "b.safetensors")
     save_file({n: tensors[n] for n in names[1::2]}, tmp_path / "a.safetensors")
-    whole = checkpoints.fingerprint(random_stand_in)
-    assert checkpoints.fingerprint(tmp_path) == whole
+    whole = checkpoints.weights_fingerprint(random_stand_in)
+    assert checkpoints.weights_fingerprint(tmp_path) == whole
     changed = next(name for name in names if name.startswith("thinker.lm_head"))
     save_file(
         {
@@ -139,7 +139,7 @@ def test_a_fingerprint_knows_the_weights_and_not_the_files(
         },
         tmp_path / ("a.safetensors" if names.index(changed) % 2 else "b.safetensors"),
     )
-    assert checkpoints.fingerprint(tmp_path) != whole
+    assert checkpoints.weights_fingerprint(tmp_path) != whole
 
 
 # --- the export -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from soundmind.task import guards, rescore, reward
 from soundmind.task.labels import ENTAILED, NOT_ENTAILED, VERDICTS, LabelSet, answer_line
 from soundmind.task.reward import COMPONENTS, PRESETS, compute_score, max_score, resolve
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RIGHT = "<think>one two three</think>\nAnswer: entailed"
 ROW = {"reference_tokens": 10, "reference_words": 6, "response_tokens": 10}
 SPEECH = {

@@ -15,7 +15,7 @@ from soundmind.task import guards
 from soundmind.task.labels import answer_line, parse_verdict, split_response, verdict_of
 from soundmind.task.reward import compute_score
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ALR_DIR = Path(os.environ.get("SOUNDMIND_ALR_DIR", ROOT.parent / "shared" / "data" / "alr"))
 SAMPLE_DIR = ROOT / "data" / "sample"
 

@@ -42,7 +42,7 @@ def test_utterances_are_the_same_bytes_in_any_order() -> None:
 def test_another_process_speaks_the_same_bytes() -> None:
     code = (
         "import hashlib; from soundmind.standin import espeak; "
-        f"w, _ = speech.speak({SENTENCE!r}, voice='en-gb+f2', speed=200, pitch=50); "
+        f"w, _ = espeak.speak({SENTENCE!r}, voice='en-gb+f2', speed=200, pitch=50); "
         "print(hashlib.sha256(w.tobytes()).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

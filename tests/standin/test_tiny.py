@@ -30,7 +30,7 @@ from soundmind.task.labels import (
     verdict_of,
 )
 
-SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
 SENTENCES = list(syllogism.all_syllogisms())
 
 
@@ -209,7 +209,7 @@ def test_the_template_takes_strings_parts_and_system_messages(processor: Any) ->
 def test_prompt_ids_are_those_of_the_processor(processor: Any, clips: list[warmup.Clip]) -> None:
     from soundmind.data.audio import load_waveform
 
-    prompt = warmup.Prompt(processor.tokenizer)
+    prompt = warmup.WarmupPrompt(processor.tokenizer)
     for index, clip in enumerate(clips[:3], start=1):
         waveform = load_waveform(SAMPLE / "train" / f"{index:04d}" / "question.wav")
         messages = prompts.build_messages("audio", "ignored", "clip", task="practice")
@@ -257,7 +257,7 @@ def test_a_failed_build_leaves_the_old_folder(tmp_path: Path) -> None:
 
 def test_without_practice_data_the_error_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(warmup.WarmupError, match=r"soundmind\.practice --output"):
-        tiny.build(tmp_path / "tiny", data=tmp_path / "nothing")
+        tiny.build_stand_in(tmp_path / "tiny", data=tmp_path / "nothing")
     assert not (tmp_path / "tiny").exists()
 
 
@@ -301,7 +301,7 @@ def test_a_dozen_steps_lower_the_loss_and_leave_the_vision_tower(
     model = type(thinker)(thinker.config)
     model.load_state_dict(thinker.state_dict())
     stage = replace(warmup.HEARING, steps=12, warmup_steps=2, batch_size=4)
-    losses = warmup.train(model, processor.tokenizer, clips, stage, seed=0)
+    losses = warmup.train_stage(model, processor.tokenizer, clips, stage, seed=0)
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
     moved = {
@@ -315,7 +315,7 @@ def test_a_dozen_steps_lower_the_loss_and_leave_the_vision_tower(
 def test_response_losses_do_not_depend_on_padding(
     processor: Any, thinker: Any, clips: list[warmup.Clip]
 ) -> None:
-    tokenizer, prompt = processor.tokenizer, warmup.Prompt(processor.tokenizer)
+    tokenizer, prompt = processor.tokenizer, warmup.WarmupPrompt(processor.tokenizer)
     pair = sorted(clips, key=lambda clip: clip.num_tokens)[:: len(clips) - 1]
     responses = [tokenizer(text).input_ids for text in ("<think>wug</think>", "Answer: entailed")]
     pad = tokenizer.pad_token_id
@@ -360,7 +360,7 @@ def test_a_model_that_did_not_learn_to_hear_is_not_written(
     monkeypatch.setattr(warmup, "HEARING", deaf)
     monkeypatch.setattr(warmup, "STAGES", (deaf, warmup.HABITS))
     with pytest.raises(warmup.WarmupError, match=r"chance.*another --seed"):
-        tiny.build(tmp_path / "tiny", data=SAMPLE)
+        tiny.build_stand_in(tmp_path / "tiny", data=SAMPLE)
     assert not (tmp_path / "tiny").exists()
 
 
@@ -371,7 +371,7 @@ def test_a_warmed_up_folder_records_what_was_done(
     monkeypatch.setattr(warmup, "HEARING", stages[0])
     monkeypatch.setattr(warmup, "STAGES", stages)
     monkeypatch.setattr(warmup, "GATE", 0.0)
-    tiny.build(tmp_path / "tiny", data=SAMPLE, seed=2)
+    tiny.build_stand_in(tmp_path / "tiny", data=SAMPLE, seed=2)
     record = json.loads((tmp_path / "tiny" / "warmup.json").read_text())
     assert record["identity"]["seed"] == 2
     assert record["identity"]["warmup"]["data"] == warmup.identity(SAMPLE)["data"]

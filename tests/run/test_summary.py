@@ -13,7 +13,7 @@ from soundmind.model.folder import start_note
 from soundmind.report import main
 from soundmind.run.curves import draw_curves
 from soundmind.run.records import Validation, read_metrics
-from soundmind.run.summary import mcnemar, summarise
+from soundmind.run.summary import mcnemar, summarise_run
 from soundmind.task.reward import COMPONENTS
 
 
@@ -69,7 +69,7 @@ def config() -> Any:
 
 
 def test_the_summary_counts_pairs_and_keeps_first_and_last(run: Path) -> None:
-    summary = summarise(run, config(), 12.34)
+    summary = summarise_run(run, config(), 12.34)
     assert (summary["steps"], summary["seed"], summary["val_n"]) == (3, 3, 20)
     assert (summary["val_acc_first"], summary["val_acc_last"]) == (0.5, 0.9)
     assert (summary["val_score_first"], summary["val_score_last"]) == (2.0, 3.6)
@@ -102,7 +102,7 @@ def test_the_interval_covers_the_share(tmp_path: Path) -> None:
 
 
 def test_a_run_without_steps_has_no_figures(tmp_path: Path) -> None:
-    summary = summarise(tmp_path, config(), 0.0)
+    summary = summarise_run(tmp_path, config(), 0.0)
     assert summary["steps"] == 0
     assert summary["val_acc_last"] is None
     assert summary["rollout_actor_corr_min"] is None

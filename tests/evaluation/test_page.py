@@ -41,7 +41,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(line)
     speech = {"recogniser": "stand-in", "speaker": "Chelsie", "max_speech_seconds": 10.0}
     save(folder, lines, output_modality="speech", speech=speech)
-    evaluate.finish(folder)
+    evaluate.finish_evaluation(folder)
     return folder / "report.html"
 
 

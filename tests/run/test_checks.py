@@ -347,7 +347,7 @@ def test_a_gpu_that_is_too_small_is_told_before_it_runs_out(
     from soundmind.system import machine
 
     monkeypatch.setattr(machine, "gpu_memory", lambda: [10**11, gigabytes * 10**9])
-    found = list(checks.gpu_memory(configured([], name=name)))
+    found = list(checks.gpu_capacity(configured([], name=name)))
     assert len(found) == (not fits), found
     assert all(problem.startswith("GPU memory: ") for problem in found)
     assert all(f"{gigabytes}.0 GB" in problem and "soundmind.plan" in problem for problem in found)
@@ -359,7 +359,7 @@ def test_usual_adamw_would_not_hold_the_3b(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(machine, "gpu_memory", lambda: [80 * 10**9])
     setting = "actor_rollout_ref.actor.optim.override_optimizer_config=null"
-    found = list(checks.gpu_memory(configured([setting], name="grpo_3b_1gpu")))
+    found = list(checks.gpu_capacity(configured([setting], name="grpo_3b_1gpu")))
     assert any("update" in problem for problem in found), found
 
 
@@ -416,14 +416,16 @@ def test_the_command_exits_2_and_starts_nothing(tmp_path: Path) -> None:
 VERL_PROBLEMS = """
 import os, sys
 from omegaconf import open_dict
-from soundmind.plugin import environment as selection; from soundmind import train
-selection.select(os.environ, cpu=True)
-config = train.compose_config("grpo_tiny_cpu", [f"actor_rollout_ref.model.path='{sys.argv[1]}'"])
-print("sound:", list(train.verl_problems(config)))
+from soundmind.plugin import environment
+from soundmind.run import checks
+from soundmind.run.config import compose_config
+environment.select(os.environ, cpu=True)
+config = compose_config("grpo_tiny_cpu", [f"actor_rollout_ref.model.path='{sys.argv[1]}'"])
+print("sound:", list(checks.verl_problems(config)))
 with open_dict(config):
     config.actor_rollout_ref.model.surprise = 1
     config.actor_rollout_ref.actor.loss_agg_mode = "sum-of-everything"
-for problem in train.verl_problems(config):
+for problem in checks.verl_problems(config):
     print("problem:", problem)
 """
 

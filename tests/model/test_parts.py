@@ -223,15 +223,15 @@ def lora_config(model: Path, **changes: Any) -> Any:
 
 def test_a_lora_run_freezes_the_whole_base(random_stand_in: Path) -> None:
     config = lora_config(random_stand_in)
-    assert list(lora_checks.find_problems(config)) == []
+    assert list(lora_checks.part_problems(config)) == []
     config.train.audio_tower = True
-    (problem,) = lora_checks.find_problems(config)
+    (problem,) = lora_checks.part_problems(config)
     assert "train.audio_tower=false" in problem
     assert "projector=false" not in problem
 
 
 def test_lora_without_merging_is_refused(random_stand_in: Path) -> None:
-    (problem,) = lora_checks.find_problems(lora_config(random_stand_in, lora={}))
+    (problem,) = lora_checks.part_problems(lora_config(random_stand_in, lora={}))
     assert "lora.merge=true" in problem
 
 
@@ -273,14 +273,14 @@ def test_an_adapter_is_matched_with_its_base(random_stand_in: Path, tmp_path: Pa
 def test_an_adapter_without_its_base_names_the_base(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", (4, 128))
     config = lora_config(tmp_path / "missing", lora_adapter_path=str(adapter))
-    (problem,) = lora_checks.find_problems(config)
+    (problem,) = lora_checks.part_problems(config)
     assert "checkpoints/Qwen2.5-Omni-7B" in problem
     assert str(tmp_path / "missing") in problem
 
 
 def test_a_folder_that_is_no_adapter_is_named(random_stand_in: Path, tmp_path: Path) -> None:
     config = lora_config(random_stand_in, lora_adapter_path=str(tmp_path))
-    (problem,) = lora_checks.find_problems(config)
+    (problem,) = lora_checks.part_problems(config)
     assert "adapter_config.json" in problem
 
 
@@ -289,4 +289,4 @@ def test_an_adapter_path_without_a_rank_would_be_ignored(
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter", (4, 128))
     config = lora_config(random_stand_in, lora_rank=0, lora_adapter_path=str(adapter))
-    assert any("lora_rank=0" in problem for problem in lora_checks.find_problems(config))
+    assert any("lora_rank=0" in problem for problem in lora_checks.part_problems(config))
