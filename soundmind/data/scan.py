@@ -35,8 +35,7 @@ CHUNK_LINES = 256
 
 
 _SOURCE_FILES = (
-    *("data/audio", "data/containers", "data/rows", "data/scan", "data/sources"),
-    *("data/token_count", "system/content"),
+    *("data/audio", "data/rows", "data/scan", "data/sources", "data/token_count"),
     *("task/labels", "task/prompts", "task/schema"),
 )
 

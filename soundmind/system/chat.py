@@ -46,18 +46,6 @@ class BudgetReached(UserError):
     """The next request could pass the budget; everything answered so far is kept."""
 
 
-@dataclass(frozen=True)
-class Prices:
-    """Cost of a million tokens."""
-
-    prompt: float = 0.0
-    completion: float = 0.0
-
-    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Cost of so many tokens."""
-        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
-
-
 @dataclass
 class Usage:
     """Requests and tokens; a try that was sent and never answered counts at its most."""
@@ -66,11 +54,28 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Of prompts and completions."""
+        return self.prompt_tokens + self.completion_tokens
+
     def add(self, other: Usage, sign: int = 1) -> None:
         """Count what another counted, or with `sign` -1 take it back."""
         self.requests += sign * other.requests
         self.prompt_tokens += sign * other.prompt_tokens
         self.completion_tokens += sign * other.completion_tokens
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Cost of a million tokens."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+    def of(self, usage: Usage) -> float:
+        """Cost of what was used."""
+        return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,9 @@ class Budget:
 
     def allows(self, usage: Usage, prices: Prices) -> bool:
         """Whether so much may be spent."""
-        tokens = usage.prompt_tokens + usage.completion_tokens
-        cost = prices.of(usage.prompt_tokens, usage.completion_tokens)
         return (
-            (self.cost is None or cost <= self.cost)
-            and (self.tokens is None or tokens <= self.tokens)
+            (self.cost is None or prices.of(usage) <= self.cost)
+            and (self.tokens is None or usage.tokens <= self.tokens)
             and (self.requests is None or usage.requests <= self.requests)
         )
 
@@ -138,7 +141,7 @@ class Client:
     @property
     def cost(self) -> float:
         """What was spent, in the currency of `prices`."""
-        return self.prices.of(self.usage.prompt_tokens, self.usage.completion_tokens)
+        return self.prices.of(self.usage)
 
     async def __aenter__(self) -> Client:
         try:
@@ -301,9 +304,8 @@ class Client:
                 self._reserved.add(most)
                 return
             if not self._reserved.requests:
-                tokens = self.usage.prompt_tokens + self.usage.completion_tokens
                 raise BudgetReached(
-                    f"{self.usage.requests} requests, {tokens} tokens and a cost of "
+                    f"{self.usage.requests} requests, {self.usage.tokens} tokens and a cost of "
                     f"{self.cost:.4f} are spent, and the next request could pass the budget. All "
                     "answers are kept; run the same command again with a larger budget"
                 )

@@ -125,15 +125,16 @@ class ScriptedServer:
 
 
 def teacher(body: dict[str, Any]) -> str:
-    """Reasons at some length; right for seven questions of eight, by their words."""
-    question = body["messages"][-1]["content"]
-    conclusion = re.findall(r'"([^"]*)"', question)[-1]
-    verdict = "entailed" if "[yes]" in question else "not entailed"
+    """Reasons about a triple of own_triples; by the seed, one answer in eight is wrong."""
+    major, minor, conclusion = re.findall(r' is "(.*)"\.', body["messages"][-1]["content"])
+    kind, other = re.findall(r"Every (\w+) .* is a (\w+)", major)[0]
+    entailed = f" {kind} " in minor and conclusion.endswith(f" {other}")
+    verdict = "entailed" if entailed != (body.get("seed", 1) % 8 == 0) else "not entailed"
     return (
-        f"Let us think about whether {conclusion} follows. The first premise tells us something "
-        "general, and the second premise tells us about a single case. If both of them hold, we "
-        "ask whether the conclusion has to hold as well, or whether there is a way around it. "
-        f"Having looked at it from both sides I am sure of the verdict.\n\nAnswer: {verdict}."
+        f"Let us think about whether it follows that {conclusion}. The first premise tells us that "
+        f"{major}, and the second one that {minor}. If both of them hold, we ask whether the "
+        "conclusion has to hold as well, or whether there is a way around it. Having looked at it "
+        f"from both sides I am sure of the verdict.\n\nAnswer: {verdict}."
     )
 
 
