@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +18,10 @@ from processes import REPOSITORY, clean_environment
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+import gpu_batches
+import gpu_check
+import gpu_speed
 
 # As if no other package were installed: found by nobody, so `find_spec` says None as well.
 HIDE = """
@@ -60,19 +62,8 @@ def imports_of(*distributions: str) -> set[str]:
     }
 
 
-@pytest.fixture(scope="module")
-def gpu_check() -> ModuleType:
-    path = REPOSITORY / "benchmarks/gpu_check.py"
-    spec = importlib.util.spec_from_file_location("gpu_check", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def check(gpu_check: ModuleType, tmp_path: Path) -> Any:
+def check(tmp_path: Path) -> Any:
     torch.set_num_threads(1)
     return gpu_check.GpuCheck(gpu_check.parse([*SMALL, "--output", str(tmp_path / "check.json")]))
 
@@ -127,7 +118,7 @@ def test_the_report_holds_versions_arguments_and_every_cell(bare: dict[str, Any]
 
 
 def test_without_a_gpu_a_check_of_one_fails_and_says_so(
-    gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -151,30 +142,30 @@ def row_of(check: Any, part: str) -> Any:
 
 
 def test_sequences_that_see_one_another_fail_the_packed_part(
-    check: Any, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+    check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = gpu_check.packed_inputs
+    stock = gpu_batches.packed_inputs
 
     def running(batch: Any) -> dict[str, Any]:
         return {**stock(batch), "position_ids": torch.arange(batch.num_tokens)[None]}
 
-    monkeypatch.setattr(gpu_check, "packed_inputs", running)
+    monkeypatch.setattr(gpu_batches, "packed_inputs", running)
     row = row_of(check, "packed")
     assert row.status == "failed"
     assert "packed and separate sequences differ" in row.message
 
 
 def test_answers_that_see_one_another_fail_the_shared_part(
-    check: Any, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+    check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = gpu_check.share_prompts
+    stock = gpu_batches.share_prompts
 
     def leaking(*arguments: Any) -> Any:
         shared = stock(*arguments)
         length = shared.input_ids.shape[1]
         return replace(shared, attention_mask=torch.ones(1, 1, length, length).tril().bool())
 
-    monkeypatch.setattr(gpu_check, "share_prompts", leaking)
+    monkeypatch.setattr(gpu_batches, "share_prompts", leaking)
     row = row_of(check, "shared")
     assert row.status == "failed"
     assert "with the prompt computed once, log-probabilities differ" in row.message
@@ -237,26 +228,9 @@ def test_the_fp32_copy_leaves_the_policys_attention_alone(check: Any) -> None:
     assert check.policy.config.audio_config._attn_implementation == "eager"
 
 
-def test_chunked_log_probabilities_and_gradients_are_those_of_log_softmax(
-    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_check, "CHUNK_ROWS", 3)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(8, 5, generator=generator)
-    head = torch.randn(5, 11, generator=generator, requires_grad=True)
-    labels = torch.randint(0, 11, (8,), generator=generator)
-    weights = torch.randn(8, generator=generator)
-    wanted = (hidden @ head).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    (expected,) = torch.autograd.grad((wanted * weights).sum(), head)
-    found = gpu_check.log_probs_of(hidden @ head, labels)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), head)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_micro_batches_and_layouts_give_one_update(check: Any, gpu_check: ModuleType) -> None:
-    policy = gpu_check.build_policy(check.size, check.device, torch.float32, "sdpa", seed=0)
-    check._policy, check._trainer = policy, gpu_check.Trainer(policy, learning_rate=0.0)
+def test_micro_batches_and_layouts_give_one_update(check: Any) -> None:
+    policy = gpu_batches.build_policy(check.size, check.device, torch.float32, "sdpa", seed=0)
+    check._policy, check._trainer = policy, gpu_batches.Trainer(policy, learning_rate=0.0)
     batch = check.batch(2)
     norms = [check.run_update(batch, micro_batch) for micro_batch in (1, 2)]
     check.attention = "flash"  # names the layout; the model keeps sdpa
@@ -265,11 +239,11 @@ def test_micro_batches_and_layouts_give_one_update(check: Any, gpu_check: Module
     assert norms[2] == pytest.approx(norms[0], rel=1e-4)
 
 
-def test_masters_follow_adamw_in_fp32(check: Any, gpu_check: ModuleType) -> None:
+def test_masters_follow_adamw_in_fp32(check: Any) -> None:
     layer = torch.nn.Linear(4, 3)
     mirror = torch.nn.Linear(4, 3)
     mirror.load_state_dict(layer.state_dict())
-    trainer = gpu_check.Trainer(layer, learning_rate=1e-2)
+    trainer = gpu_batches.Trainer(layer, learning_rate=1e-2)
     stock = torch.optim.AdamW(mirror.parameters(), lr=1e-2, weight_decay=0.01)
     data = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     for part in (data[:3], data[3:]):
@@ -281,11 +255,11 @@ def test_masters_follow_adamw_in_fp32(check: Any, gpu_check: ModuleType) -> None
     torch.testing.assert_close(layer.weight, mirror.weight)
 
 
-def test_the_gpu_form_of_the_end_to_end_run_composes(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_the_gpu_form_of_the_end_to_end_run_composes(tmp_path: Path) -> None:
     pytest.importorskip("verl")
     from soundmind.run.config import compose_config
 
-    overrides = gpu_check.end_to_end_overrides(tmp_path, "cuda")
+    overrides = gpu_speed.end_to_end_overrides(tmp_path, "cuda")
     config = compose_config("grpo_tiny_cpu", overrides)
     assert config.trainer.device == config.run.device == "cuda"
     assert config.actor_rollout_ref.rollout.dtype == "bfloat16"
