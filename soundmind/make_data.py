@@ -24,10 +24,11 @@ from soundmind import preprocess
 from soundmind.making.check import Listener, ListeningCommand
 from soundmind.making.reasoning import Settings
 from soundmind.making.speech import Command, Engine, Espeak, Server
-from soundmind.making.stages import STAGE_NAMES, Making, opened, run_stage, usable_cores
+from soundmind.making.stages import STAGE_NAMES, Making, opened, run_stage
 from soundmind.making.words import RELEASED, Wording
 from soundmind.system.chat import Budget, Client, Prices
 from soundmind.system.errors import UserError, command
+from soundmind.system.share import usable_cores
 from soundmind.task.schema import MODES, SPLITS
 
 DEFAULT_VOICES = [

@@ -27,6 +27,7 @@ from soundmind.data.preprocess import BASE_MODEL, FAULTS_SHOWN, BadInput, make_j
 from soundmind.data.sources import (
     SourceError,
 )
+from soundmind.system.errors import UserError
 from soundmind.task.schema import MODES, SPLITS, TASKS
 
 _DROP_OVERLAP: dict[str, Any] = {
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return make_parquet(make_job(**vars(arguments)))
     except BadInput as error:
         print(error.report(arguments.list_all))
-    except (SourceError, OSError) as error:
+    except (SourceError, UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)

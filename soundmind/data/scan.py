@@ -35,7 +35,8 @@ CHUNK_LINES = 256
 
 
 _SOURCE_FILES = (
-    *("data/audio", "data/rows", "data/scan", "data/sources", "data/token_count"),
+    *("data/audio", "data/containers", "data/rows", "data/scan", "data/sources"),
+    *("data/token_count", "system/content"),
     *("task/labels", "task/prompts", "task/schema"),
 )
 

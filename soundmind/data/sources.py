@@ -18,22 +18,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Literal
 
-from soundmind.system.hub import hub_is_reachable
+from soundmind.system.content import known_kind
 from soundmind.task.schema import Annotation, Mode, Split
 
 Layout = Literal["github", "huggingface", "folders"]
 
-
-HUB_DATASET = "SoundMind-RL/SoundMindDataset"
-
-
 CLIP_SUFFIXES = (".wav", ".flac")
+_BOM = b"\xef\xbb\xbf"
 
 
 class SourceError(Exception):
@@ -64,6 +63,7 @@ class RawLine:
     where: str  # "train.jsonl:12" or "train/0012/annotation.json"
     data: bytes
     folder: str | None = None  # clip folder's name where the layout gives it
+    trouble: str = ""  # why there are no bytes, where a file of its own cannot be read
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,54 @@ class Candidate:
 
     def add_fault(self, kind: str, detail: str) -> None:
         """Note a fault at this annotation's place."""
-        row = f"{self.split}/{self.row_id}" if self.row_id else ""
-        self.faults.append(Fault(kind, self.line.where, row, detail))
+        row = _shown(f"{self.split}/{self.row_id}", 80) if self.row_id else ""
+        self.faults.append(Fault(kind, self.line.where, row, _shown(detail, 400)))
+
+
+def _shown(text: str, longest: int) -> str:
+    """A name or message for a line of a table; what has no end (a clip in base64) is cut."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def find_split(root: Path, split: Split) -> SplitSource:
     """Locate one split below `root`, or raise SourceError with the command that fetches it."""
     metadata = root / split / "metadata.jsonl"
     if metadata.is_file():
+        _require_json_lines(metadata)
         return SplitSource(split, "huggingface", root, metadata, metadata.parent)
     for folder in (root, root / "dataset-annotation-json"):
         annotations = folder / f"{split}.jsonl"
         if annotations.is_file():
+            _require_json_lines(annotations)
             nested = root / "audio_dataset" / split
             clips = nested if nested.is_dir() else root / split
             return SplitSource(split, "github", root, annotations, clips)
     if next((root / split).glob("*/annotation.json"), None) is not None:
         return SplitSource(split, "folders", root, root / split, root / split)
+    near = sorted(path.name for path in (*root.glob(f"{split}.*"), *root.glob(f"{split}/meta*")))
     raise SourceError(
         f"{root}: no annotations of split {split} (looked for {split}.jsonl, "
-        f"{split}/metadata.jsonl and {split}/*/annotation.json). Fetch them with: "
-        f"bash scripts/download_data.sh {split}, or leave the split out with --splits"
+        f"{split}/metadata.jsonl and {split}/*/annotation.json"
+        + (f"; {', '.join(near[:3])} is there and not read" if near else "")
+        + f"). Fetch them with: bash scripts/download_data.sh {split}, or leave the split out with "
+        "--splits"
     )
+
+
+def _require_json_lines(path: Path) -> None:
+    """SourceError for a file that is as a whole something else than one JSON object a line."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    text = head.removeprefix(_BOM).lstrip()
+    kind = None
+    if text.startswith(b"["):
+        kind = "a JSON array (jq -c '.[]' FILE writes an object a line)"
+    elif b"\r" in text and b"\n" not in text:
+        kind = "text whose lines end in a carriage return alone (tr '\\r' '\\n' < FILE)"
+    elif not text.startswith(b"{"):
+        kind = known_kind(head)
+    if kind is not None:
+        raise SourceError(f"{path} is {kind}; expected: one JSON object a line, in UTF-8")
 
 
 def read_lines(source: SplitSource) -> Iterator[RawLine]:
@@ -122,11 +148,15 @@ def read_lines(source: SplitSource) -> Iterator[RawLine]:
         folders = sorted(path.parent for path in source.annotations.glob("*/annotation.json"))
         for number, folder in enumerate(folders, 1):
             where = (folder / "annotation.json").relative_to(source.root).as_posix()
-            yield RawLine(number, where, (folder / "annotation.json").read_bytes(), folder.name)
+            try:
+                data, trouble = (folder / "annotation.json").read_bytes(), ""
+            except OSError as error:
+                data, trouble = b"", str(error.strerror)
+            yield RawLine(number, where, data, folder.name, trouble)
         return
     with source.annotations.open("rb") as lines:
         for number, data in enumerate(lines, 1):
-            data = data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data
+            data = data.removeprefix(_BOM)  # also within: files were joined
             if data.strip():
                 yield RawLine(number, f"{source.name}:{number}", data)
 
@@ -150,6 +180,12 @@ def read_candidate(line: RawLine, source: SplitSource, mode: Mode, with_answers:
 
 
 def _decode(candidate: Candidate) -> dict[str, Any] | None:
+    if candidate.line.trouble:
+        candidate.add_fault("unreadable-annotation", candidate.line.trouble)
+        return None
+    if not candidate.line.data.strip(b"\0\r\n"):
+        candidate.add_fault("broken-json", "nothing but zero bytes (not written to its end?)")
+        return None
     try:
         text = candidate.line.data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -158,13 +194,23 @@ def _decode(candidate: Candidate) -> dict[str, Any] | None:
         )
         return None
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         candidate.add_fault("broken-json", str(error))
         return None
     if not isinstance(record, dict):
         candidate.add_fault("broken-json", f"a {type(record).__name__}, expected an object")
         return None
+    return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a field that is there twice readers take the first or the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice} is there twice")
     return record
 
 
@@ -195,7 +241,10 @@ def _read_fields(candidate: Candidate, record: dict[str, Any], folder: str | Non
 
 
 def _named_text(candidate: Candidate, record: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    name = next((name for name in names if name in record), names[0])
+    there = [name for name in names if name in record]
+    if len(there) > 1 and record[there[0]] != record[there[1]]:
+        candidate.add_fault("contradicting-fields", f"{there[0]} and {there[1]} differ")
+    name = there[0] if there else names[0]
     return _text_field(candidate, record.get(name), name)
 
 
@@ -256,9 +305,13 @@ def _named_clip(
     if os.path.isabs(value) or ".." in value.split("/") or "\\" in value or "\0" in value:
         candidate.add_fault("unsafe-path", f"{name} {value!r} leaves the data root")
         return None
+    if (kind := known_kind(value[:64].encode())) is not None:
+        candidate.add_fault("missing-clip", f"{name} is {kind} where a file is to be named")
+        return None
     beside, below_root = source.clips / value, source.root / value
-    path = below_root if not beside.exists() and below_root.exists() else beside
-    return path.as_posix()
+    # os.path, since Path.exists raises for a name that is too long
+    inside = not os.path.exists(beside) and os.path.exists(below_root)
+    return (below_root if inside else beside).as_posix()
 
 
 def _clips_in_folder(
@@ -269,13 +322,16 @@ def _clips_in_folder(
     try:
         with os.scandir(folder) as entries:
             names = {entry.name for entry in entries}
-    except OSError:
-        candidate.add_fault("missing-clip", f"{_relative(folder, source.root)}/ not found")
+    except OSError as error:
+        place = _relative(folder, source.root)
+        found = "not found" if isinstance(error, FileNotFoundError) else error.strerror
+        candidate.add_fault("missing-clip", f"{place!r}/ {found}" + _other_spelling(folder))
         return None, None
+    place = _relative(folder, source.root)
     question = _first_of(names, "question")
     if question is None:
-        place = _relative(folder, source.root)
-        candidate.add_fault("missing-clip", f"{place}/question.wav not found")
+        there = _not_read(names, "question")
+        candidate.add_fault("missing-clip", f"{place}/question.wav not found{there}")
     answer = None
     if candidate.label is not None:
         answer = _first_of(names, f"answer_{candidate.label}")
@@ -286,12 +342,47 @@ def _clips_in_folder(
                 f"label {candidate.label}, but the folder holds {other}",
             )
             answer = None
-    found = f"{folder}/{question}" if question else None
-    return found, f"{folder}/{answer}" if answer and with_answers else None
+        there = _not_read(names, f"answer_{candidate.label}") if with_answers else ""
+        if there and answer is None:
+            candidate.add_fault(
+                "missing-clip", f"{place}/answer_{candidate.label}.wav not found{there}"
+            )
+    path = f"{folder}/{question}" if question else None
+    return path, f"{folder}/{answer}" if answer and with_answers else None
 
 
 def _first_of(names: set[str], stem: str) -> str | None:
     return next((stem + suffix for suffix in CLIP_SUFFIXES if stem + suffix in names), None)
+
+
+def _not_read(names: set[str], stem: str) -> str:
+    """What lies in a clip's place under another suffix, and what to do about it."""
+    name = next((n for n in sorted(names) if n.lower().startswith(f"{stem}.")), None)
+    if name is None:
+        return ""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in CLIP_SUFFIXES:
+        return f"; {name} is there, rename it to {stem}{suffix}"
+    return f"; {name} is there and not read, convert it: ffmpeg -i {name} {stem}.wav"
+
+
+def _other_spelling(folder: str) -> str:
+    """The folder that is there under nearly this name: other accents' code, zeros, spaces, case."""
+    parent, name = os.path.split(folder)
+    near = next((n for n in _names_in(parent) if _bare(n) == _bare(name)), None)
+    return f"; {near!r}/ is there" if near is not None else ""
+
+
+def _bare(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold().lstrip("0")
+
+
+@lru_cache(maxsize=4)
+def _names_in(folder: str) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(os.listdir(folder)))
+    except OSError:
+        return ()
 
 
 def _checked(
@@ -303,20 +394,31 @@ def _checked(
     relative = _relative(path, root)
     if _passes_a_link(path, root):
         real = os.path.realpath(path)
-        if os.path.commonpath([real, os.path.realpath(root)]) != os.path.realpath(root):
+        if not any(_is_below(real, os.path.realpath(place)) for place in _places(root)):
             candidate.add_fault("link-leaves-root", f"{relative} is a link to {real}")
             return None
     try:
         status = os.stat(path)
-    except OSError:
-        if required:
-            candidate.add_fault("missing-clip", f"{relative} not found")
+    except OSError as error:
+        if required or not isinstance(error, FileNotFoundError):
+            found = "not found" if isinstance(error, FileNotFoundError) else error.strerror
+            candidate.add_fault("missing-clip", f"{relative} {found}")
         return None
     if not S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         candidate.add_fault("unreadable-clip", f"{relative} is not a regular file")
         return None
     candidate.stats.append((relative, status.st_size, status.st_mtime_ns))
     return relative
+
+
+def _places(root: Path) -> list[Path]:
+    """Where links may lead: below the data root, and to the blobs of its Hugging Face cache."""
+    in_cache = root.parent.name == "snapshots"
+    return [root, root.parent.parent / "blobs"] if in_cache else [root]
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _passes_a_link(path: str, root: Path) -> bool:
@@ -331,35 +433,3 @@ def _passes_a_link(path: str, root: Path) -> bool:
 
 def _relative(path: str, root: Path) -> str:
     return path[len(os.fspath(root)) + 1 :]
-
-
-def fetch_dataset(
-    repo_id: str, target: Path, splits: list[Split], mode: Mode, with_answers: bool
-) -> Path:
-    """Download the wanted part of a Hub data set into `target`, resuming what is there.
-
-    Text mode fetches annotations only (megabytes); questions are about 20 GB, answers 180 GB.
-    """
-    from huggingface_hub import snapshot_download
-
-    if not hub_is_reachable():
-        raise SourceError(
-            f"cannot fetch {repo_id}: the Hugging Face Hub is not reachable from here. Fetch the "
-            "files elsewhere as scripts/download_data.sh describes and pass their folder as "
-            "--data-dir"
-        )
-    patterns = []
-    for split in splits:
-        patterns += [f"{split}/metadata.jsonl", f"{split}/*/annotation.json", f"{split}.jsonl"]
-        if mode != "text":
-            patterns += [f"{split}/*/question.*"]
-            patterns += [f"{split}/*/answer_*"] if with_answers else []
-    try:
-        snapshot_download(repo_id, repo_type="dataset", local_dir=target, allow_patterns=patterns)
-    except Exception as error:  # the Hub client raises a dozen kinds; all mean "not fetched"
-        raise SourceError(
-            f"cannot fetch {repo_id} from the Hugging Face Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Check the name and "
-            "the network and run the same command again: it goes on where it stopped"
-        ) from error
-    return target

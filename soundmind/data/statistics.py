@@ -7,14 +7,13 @@
     teacher                  verdict of the annotated reasoning, against the label
 
 "Exact text" is the whole question, or its major premise where the question quotes one.
-Inputs are `Facts`: a few numbers per row, so that this costs 200 bytes a row and no more.
+Inputs are `facts`: Arrow tables of some numbers a row, which lie in the mapped files of the parts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,87 +42,24 @@ MEASURES = {
 }
 
 
-_DIGEST = np.dtype("S16")
+_KEPT = ("_line", "_where", "_question_digest", "_premise_digest", "_answer_missing", "_clip_bytes")
 
 
-@dataclass
-class Facts:
-    """What is remembered of a split's rows, one array entry per row, in annotation order."""
-
-    ids: list[str]
-    wheres: list[str]
-    line: Array
-    label: Array
-    teacher: Array  # index into labels.VERDICTS, -1 where the reasoning has no verdict
-    measures: dict[str, Array]  # floats, NaN where not measured
-    question: Array  # 16-byte digests of the text
-    premise: Array  # the same of the major premise; zeros where there is none
-    has_premise: Array
-    answer_missing: Array
-    clip_bytes: Array
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def keep(self, mask: Array) -> Facts:
-        """The rows where `mask` is true."""
-        chosen = np.flatnonzero(mask)
-        arrays = {
-            name: value[mask] for name, value in vars(self).items() if isinstance(value, np.ndarray)
-        }
-        return Facts(
-            ids=[self.ids[i] for i in chosen],
-            wheres=[self.wheres[i] for i in chosen],
-            measures={name: values[mask] for name, values in self.measures.items()},
-            **arrays,
-        )
-
-
-def facts_of_part(table: pa.Table) -> Facts:
-    """Facts of one part's rows, copied out of the mapped file."""
+def facts_of_part(table: pa.Table) -> pa.Table:
+    """What is remembered of a part's rows: `extra_info` flat, what begins with `_`, the clip."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     info = table["extra_info"].combine_chunks()
-
-    def measure(name: str) -> Array:
-        values = info.field(name).to_numpy(zero_copy_only=False)
-        return np.array(values, dtype=np.float64)
-
-    def digests(name: str) -> Array:
-        return np.array(pc.fill_null(table[name], b"\0" * 16).to_pylist(), dtype=_DIGEST)
-
-    verdicts = {name: index for index, name in enumerate(labels.VERDICTS)}
-    teacher = [verdicts.get(verdict, -1) for verdict in info.field("teacher_verdict").to_pylist()]
-    return Facts(
-        ids=info.field("id").to_pylist(),
-        wheres=table["_where"].to_pylist(),
-        line=np.array(table["_line"].to_numpy(), dtype=np.int64),
-        label=np.array(info.field("label").to_numpy(), dtype=np.int8),
-        teacher=np.array(teacher, dtype=np.int8),
-        measures={name: measure(name) for name in MEASURES},
-        question=digests("_question_digest"),
-        premise=digests("_premise_digest"),
-        has_premise=np.array(pc.is_valid(table["_premise_digest"]).to_pylist(), dtype=bool),
-        answer_missing=np.array(table["_answer_missing"].to_pylist(), dtype=bool),
-        clip_bytes=np.array(table["_clip_bytes"].to_numpy(), dtype=np.int64),
-    )
+    columns = {field.name: info.field(field.name) for field in info.type}
+    clip = pc.struct_field(table["audio"], "path")
+    return pa.table({**columns, **{name: table[name] for name in _KEPT}, "_clip": clip})
 
 
-def join_facts(pieces: Sequence[Facts]) -> Facts:
-    """One Facts for a split from those of its parts."""
-    arrays = {
-        name: np.concatenate([getattr(piece, name) for piece in pieces])
-        for name, value in vars(pieces[0]).items()
-        if isinstance(value, np.ndarray)
-    }
-    return Facts(
-        ids=[row_id for piece in pieces for row_id in piece.ids],
-        wheres=[where for piece in pieces for where in piece.wheres],
-        measures={
-            name: np.concatenate([piece.measures[name] for piece in pieces]) for name in MEASURES
-        },
-        **arrays,
-    )
+def measured(facts: pa.Table, name: str) -> Array:
+    """One column as floats, NaN where nothing is measured."""
+    values: Array = facts[name].cast("float64").to_numpy()
+    return values
 
 
 def summary(values: Array) -> dict[str, float] | None:
@@ -140,12 +76,12 @@ def summary(values: Array) -> dict[str, float] | None:
     return {name: round(float(number), 3) for name, number in numbers.items()}
 
 
-def describe_split(facts: Facts) -> dict[str, Any]:
+def describe_split(facts: pa.Table) -> dict[str, Any]:
     """Everything the report says about the rows of one split, ready for JSON."""
-    counts = Counter(labels.verdict_of(int(label)) for label in facts.label)
+    counts = Counter(labels.verdict_of(label) for label in facts["label"].to_pylist())
     majority = max(labels.VERDICTS, key=lambda verdict: counts[verdict])
-    seconds = facts.measures["question_seconds"]
-    audible = facts.measures["audio_tokens"] > 0
+    seconds = measured(facts, "question_seconds")
+    audible = measured(facts, "audio_tokens") > 0
     too_long = np.flatnonzero(audible & (np.nan_to_num(seconds) > MAX_CLIP_SECONDS))
     return {
         "rows": len(facts),
@@ -154,41 +90,45 @@ def describe_split(facts: Facts) -> dict[str, Any]:
             "verdict": majority,
             "share": round(counts[majority] / len(facts), 4) if len(facts) else None,
         },
-        "measures": {name: summary(values) for name, values in facts.measures.items()},
+        "measures": {name: summary(measured(facts, name)) for name in MEASURES},
         "question_hours": round(float(np.nansum(seconds)) / 3600, 3),
-        "beyond_processor_window": [facts.ids[i] for i in too_long],
+        "beyond_processor_window": facts["id"].take(too_long).to_pylist(),
         "teacher": teacher_table(facts),
         "duplicates": {
-            "question": _num_repeats(facts.question),
-            "major_premise": _num_repeats(facts.premise[facts.has_premise]),
+            "question": _num_repeats(facts["_question_digest"]),
+            "major_premise": _num_repeats(facts["_premise_digest"].drop_null()),
         },
     }
 
 
-def teacher_table(facts: Facts) -> dict[str, Any]:
+def teacher_table(facts: pa.Table) -> dict[str, Any]:
     """Counts of label against the annotated reasoning's own verdict, and the disagreements."""
-    names = {**dict(enumerate(labels.VERDICTS)), -1: "none"}
-    table = {
-        labels.verdict_of(label): {
-            names[said]: int(((facts.label == label) & (facts.teacher == said)).sum())
-            for said in (1, 0, -1)
-        }
-        for label in (1, 0)
-    }
-    return {"by_label": table, "disagreements": int((facts.label != facts.teacher).sum())}
-
-
-def overlap(first: Facts, second: Facts) -> dict[str, int]:
-    """Distinct texts that two splits share."""
-    premises = (first.premise[first.has_premise], second.premise[second.has_premise])
+    truths = [labels.verdict_of(label) for label in facts["label"].to_pylist()]
+    said = [verdict or "none" for verdict in facts["teacher_verdict"].to_pylist()]
+    pairs = Counter(zip(truths, said, strict=True))
+    verdicts = (labels.verdict_of(1), labels.verdict_of(0))
     return {
-        "question": len(np.intersect1d(first.question, second.question)),
-        "major_premise": len(np.intersect1d(*premises)),
+        "by_label": {
+            truth: {verdict: pairs[truth, verdict] for verdict in (*verdicts, "none")}
+            for truth in verdicts
+        },
+        "disagreements": sum(n for (truth, verdict), n in pairs.items() if truth != verdict),
     }
 
 
-def _num_repeats(digests: Array) -> int:
-    return len(digests) - len(np.unique(digests))
+def overlap(first: pa.Table, second: pa.Table) -> dict[str, int]:
+    """Distinct texts that two splits share."""
+    names = {"question": "_question_digest", "major_premise": "_premise_digest"}
+    return {
+        said: len(
+            set(first[name].drop_null().unique().to_pylist()).intersection(second[name].to_pylist())
+        )
+        for said, name in names.items()
+    }
+
+
+def _num_repeats(digests: pa.ChunkedArray) -> int:
+    return len(digests) - len(digests.unique())
 
 
 def count_faults(faults: Iterable[Fault]) -> dict[str, int]:

@@ -1,4 +1,8 @@
-"""Files whole or not at all, folders replaced at once, locks and digests."""
+"""Files whole or not at all, folders replaced at once, locks and digests.
+
+A file that is being written has a name of its own (`.NAME.<process>-<random>.tmp`), so that two
+writers never mix what they write, locked or not, and the mode that the user's umask asks for.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,25 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from soundmind.system.errors import UserError
 
 REPOSITORY = (
     Path(__file__).resolve().parents[2]
 )  # the project's folder, where it runs from a checkout
 
 
-class BusyError(OSError):
+class BusyError(UserError):
     """Somebody else is writing to the same folder."""
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, shortened to 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is never seen half-written."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
-
-
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -45,29 +36,92 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, shortened to 16 hexadecimal digits."""
+    return file_sha256(path)[:16]
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else writes to; `stale` finds those of killed processes."""
+    return path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what killed processes left of `path`; for those who hold a lock on its folder."""
+    for left in path.parent.glob(f".{path.name[:200]}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A name to write to; at the end of the block the file takes the place of `path` in one move.
+
+    An error leaves `path` as it was. `durable`: on disk before it gets its name, for files that a
+    power cut must not empty.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        if durable:
+            flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is never seen half-written."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 so that it is never seen half-written."""
+    write_atomically(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any, **keys: Any) -> None:
+    """Write `value` in one move, readable by people; `keys` are those of json.dumps."""
+    write_text(path, json.dumps(value, **{"indent": 2, **keys}) + "\n")
+
+
 def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep a second run out of the same folder; a killed holder's lock is free again."""
+def try_lock(path: Path) -> IO[str] | None:
+    """An exclusive lock on the file `path`, or None while another process holds it.
+
+    Held until the handle is closed or the process ends, however it ends. OSError, with the name of
+    the file, on file systems that have no locks.
+    """
     import fcntl
 
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another run is writing to {path.parent.parent}") from None
+    handle = path.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    except OSError as error:
+        handle.close()
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    return handle
+
+
+@contextlib.contextmanager
+def locked(path: Path, folder: Path | None = None) -> Iterator[None]:
+    """Keep a second run out of `folder` (the file's own) by a lock on the file `path`: BusyError."""
+    handle = try_lock(path)
+    if handle is None:
+        raise BusyError(
+            f"another run is writing to {folder or path.parent}; wait for it, or choose another folder"
+        )
+    with handle:
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` in one move, readable by people."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
-    os.replace(temporary, path)
 
 
 def replace_folder(output: Path, fill: Callable[[Path], None]) -> None:
@@ -76,7 +130,8 @@ def replace_folder(output: Path, fill: Callable[[Path], None]) -> None:
     A reader never sees a half-written folder; a failed or killed `fill` leaves the old one.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    scratch = temporary_name(output)
+    scratch.mkdir()
     try:
         fresh = scratch / "new"
         fresh.mkdir()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import ipaddress
 import re
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def hub_is_reachable(timeout: float = 5.0) -> bool:
@@ -17,7 +19,7 @@ def hub_is_reachable(timeout: float = 5.0) -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urlsplit(constants.ENDPOINT)
-    if endpoint.scheme in getproxies() and not _bypasses_proxy(endpoint.hostname or ""):
+    if goes_through_a_proxy(endpoint):
         return True
     address = (
         endpoint.hostname or "",
@@ -30,12 +32,44 @@ def hub_is_reachable(timeout: float = 5.0) -> bool:
         return False
 
 
-def _bypasses_proxy(host: str) -> bool:
-    excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    return any(name and host.endswith(name.strip()) for name in excluded.split(","))
+def goes_through_a_proxy(url: SplitResult) -> bool:
+    """Whether the environment sends `url` through a proxy, as the Hub's client (httpx) reads it.
+
+    `<scheme>_proxy` and `all_proxy` name one; `no_proxy` lists hosts that are reached directly:
+    `*` all, `name` the host and what is below it, `.name` only what is below it, an address or a
+    URL (with scheme and port) itself alone.
+    """
+    proxies = getproxies()
+    excluded = [name.strip() for name in proxies.get("no", "").split(",")]
+    if "*" in excluded or not (proxies.get(url.scheme) or proxies.get("all")):
+        return False
+    return not any(name and _matches(name.lower(), url) for name in excluded)
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+def _matches(name: str, url: SplitResult) -> bool:
+    host = url.hostname or ""
+    if "://" in name:
+        other = urlsplit(name)
+        return (
+            other.scheme in ("all", url.scheme)
+            and other.hostname == host
+            and other.port in (None, url.port)
+        )
+    if name == "localhost" or _is_address(name):
+        return host == name.strip("[]")
+    name, _, port = name.partition(":")
+    if port and port != str(url.port):
+        return False
+    below = r".+\." if name.startswith(".") else r"(.+\.)?"
+    return re.fullmatch(below + re.escape(name.removeprefix(".")), host) is not None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_network(name.strip("[]"), strict=False)
+    except ValueError:
+        return False
+    return True
 
 
 def is_hub_id(data_dir: str) -> bool:

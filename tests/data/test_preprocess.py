@@ -19,6 +19,7 @@ import soundfile
 from soundmind import preprocess
 from soundmind.data import preprocess as data_preprocess
 from soundmind.data import sources as data_sources
+from soundmind.data import write as data_write
 from soundmind.data.audio import num_audio_tokens, resampled_length
 from soundmind.data.rows import row_schema
 from soundmind.system import files as system_files
@@ -354,7 +355,7 @@ def test_hub_without_network_is_a_plain_message(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("soundmind.data.sources.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("soundmind.data.fetch.hub_is_reachable", lambda: False)
     assert preprocess.main(["--mode", "text", "--data-dir", "Some-Org/SomeSet"]) == 2
     assert "not reachable" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -371,7 +372,7 @@ def test_hub_id_is_fetched_into_the_data_folder(
         shutil.copytree(remote, keys["local_dir"])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("soundmind.data.sources.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("soundmind.data.fetch.hub_is_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     arguments = ["--mode", "audio", "--data-dir", "Some-Org/SomeSet", "--tokenizer", "none"]
     assert preprocess.main([*arguments, "--questions-only"]) == 0
@@ -559,7 +560,7 @@ def test_two_runs_cannot_write_the_same_folder(
     root = make_github(ALL)
     work = root / "parquet/audio/.work"
     work.mkdir(parents=True)
-    with system_files.locked(work / "lock"):
+    with system_files.locked(work / "lock", work.parent):
         assert run(root) == 2
     assert "another run is writing" in capsys.readouterr().err
     assert run(root) == 0
@@ -578,7 +579,7 @@ def test_nothing_but_the_results_is_left_in_the_output_folder(make_github: MakeD
 def test_embedded_clips_are_the_files_own_bytes(
     make_github: MakeData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_preprocess, "ROW_GROUP_BYTES", 150_000)
+    monkeypatch.setattr(data_write, "ROW_GROUP_BYTES", 150_000)
     root = make_github({"train": 7})
     assert run(root, "--splits", "train", "--embed-audio") == 0
     file = pq.ParquetFile(root / "parquet/audio/train.parquet")
