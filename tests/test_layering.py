@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -213,3 +214,12 @@ def test_no_file_is_longer_than_a_person_can_hold(folder: str) -> None:
         for path in (REPOSITORY / folder).rglob("*.py")
     }
     assert {name: count for name, count in lines.items() if count > LONGEST_FILE} == {}
+
+
+def test_the_reading_path_is_an_hour() -> None:
+    """The files that the README lists, from a row to an update, exist and are 3,700 lines at most."""
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = page.split("### Reading path")[1].split("\n## ")[0]
+    files = re.findall(r"^\d+\. `([^`]+)`:", section, re.MULTILINE)
+    assert len(files) >= 15
+    assert sum((REPOSITORY / file).read_text("utf-8").count("\n") for file in files) <= 3700
