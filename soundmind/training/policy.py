@@ -96,7 +96,7 @@ def policy_class(thinker_class: type) -> type:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 if input_features is None:
                     self._placeholders(input_ids, 0)
-                    inputs_embeds = inputs_embeds + self._silence()
+                    inputs_embeds = inputs_embeds + self._silence(inputs_embeds)
                 else:
                     if feature_attention_mask is None:
                         raise ValueError("input_features came without feature_attention_mask")
@@ -144,17 +144,16 @@ def policy_class(thinker_class: type) -> type:
             clips = encoded.split(tokens.tolist())
             return torch.cat([clips[clip] for clip in clip_index.tolist()])
 
-        def _silence(self) -> torch.Tensor:
+        def _silence(self, beside: torch.Tensor) -> torch.Tensor:
             """A zero that depends on every parameter of the audio tower.
 
-            A frozen tower runs as well: its layers' all-gathers have to match the other ranks'.
+            A frozen tower runs as well: its layers' all-gathers have to match the other ranks'. Device
+            and type are those of the activation `beside` it: a weight may be back in host memory by
+            now, which is where FSDP2 keeps a separate reference.
             """
-            weight = self.get_input_embeddings().weight
-            num_mel_bins = self.config.audio_config.num_mel_bins
-            frames = torch.zeros(
-                1, num_mel_bins, SILENT_MEL_FRAMES, dtype=weight.dtype, device=weight.device
-            )
-            mask = torch.ones(1, SILENT_MEL_FRAMES, dtype=torch.long, device=weight.device)
+            shape = (1, self.config.audio_config.num_mel_bins, SILENT_MEL_FRAMES)
+            frames = beside.new_zeros(shape)
+            mask = torch.ones(1, SILENT_MEL_FRAMES, dtype=torch.long, device=beside.device)
             return self._encode_clips(frames, mask, None).sum() * 0
 
         def _placeholders(self, input_ids: torch.Tensor, embeddings: int) -> torch.Tensor:

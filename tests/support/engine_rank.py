@@ -185,7 +185,9 @@ def open_engine(
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.engine.base import EngineRegistry
 
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    if not dist.is_initialized():  # a second engine of this process joins the first one's group
+        where = f"file://{rendezvous}"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
     config = compose_config(
         "grpo_tiny_cpu",
         [
