@@ -12,10 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
 
-gpus=0
-if command -v nvidia-smi >/dev/null 2>&1; then
-  gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
-fi
+# This process's GPUs: of the machine's, those that CUDA_VISIBLE_DEVICES leaves.
+gpus="$("$python" -c 'from soundmind.system.machine import gpu_names; print(len(gpu_names()))')"
 chosen=()
 if [ -n "${CONFIG:-}" ]; then
   echo "configuration: $CONFIG (from CONFIG)"
