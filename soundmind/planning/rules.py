@@ -8,15 +8,20 @@ from omegaconf import DictConfig
 
 from soundmind.planning.sizes import SizeError, model_size
 
+# Advantages that compare the responses of a prompt with one another, by their names in verl.
+GROUPED = (
+    *("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo", "gpg"),
+    "reinforce_plus_plus_baseline",
+)
+
 
 def group_size(config: DictConfig) -> Iterator[str]:
-    """GRPO compares the responses of a group with one another."""
-    n = config.actor_rollout_ref.rollout.n
-    if config.algorithm.adv_estimator == "grpo" and n < 2:
+    """What compares the responses of a group needs two of them."""
+    n, estimator = config.actor_rollout_ref.rollout.n, config.algorithm.adv_estimator
+    if estimator in GROUPED and n < 2:
         yield (
-            f"actor_rollout_ref.rollout.n={n}: GRPO has no group to compare with and would use "
-            f"the raw "
-            "score as advantage; use n >= 2"
+            f"actor_rollout_ref.rollout.n={n}: {estimator.upper()} has no group to compare with and "
+            "would use the raw score as advantage; use n >= 2"
         )
 
 

@@ -30,7 +30,7 @@ from soundmind.planning.rules import (
     tensor_parallel,
 )
 from soundmind.planning.sizes import PUBLISHED, SizeError
-from soundmind.run import lora_checks
+from soundmind.run import lora_checks, supported
 from soundmind.run.lora_checks import lora_targets
 
 VERL_VERSION = "0.9.1"
@@ -53,24 +53,20 @@ class CheckError(ValueError):
 
 def find_problems(config: DictConfig) -> Iterator[str]:
     """Problems of `config`, cheap checks first; the model is read only when its folder is there."""
+    wrong_numbers = list(supported.ranges(config))
+    yield from wrong_numbers
     for check in (
-        installed_versions,
-        reward_keys,
-        reward_settings,
-        device,
-        gpu_capacity,
-        cluster,
-        group_size,
-        shared_prompts,
-        batch_sizes,
-        micro_batch_sizes,
-        tensor_parallel,
-        lengths,
-        lora_targets,
-        resume,
-        data_files,
+        *(installed_versions, reward_keys, reward_settings, device, cluster, shared_prompts),
+        *(lora_targets, resume, data_files),
     ):
         yield from check(config)
+    # These count with the numbers above, and divide by some of them.
+    for check in (
+        *(gpu_capacity, group_size, batch_sizes, micro_batch_sizes, tensor_parallel, lengths),
+        supported.unsupported,
+    ):
+        if not wrong_numbers:
+            yield from check(config)
     model_problems = list(model_folder(config))
     yield from model_problems
     yield from lora_checks.part_problems(config)
