@@ -8,7 +8,7 @@
 #   LIMIT=16 ONLY="audio-text" bash scripts/eval_released.sh      # a first look
 #
 # audio-text, text-text    vLLM, minutes
-# text-speech, audio-speech    transformers one row at a time, then Whisper: hours each
+# text-speech, audio-speech    the same text, then talker, vocoder and Whisper in batches: hours each (docs/evaluation.md)
 #
 # Reads data/alr/parquet/{audio,text}/test.parquet (scripts/download_data.sh, then preprocess).
 # Downloads the weights (about 22 GB) and the recogniser (about 3 GB) unless they are cached.

@@ -26,6 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from soundmind.evaluation import tables
 from soundmind.evaluation.compare import CompareError, compare
@@ -41,7 +42,7 @@ from soundmind.evaluation.evaluate import (
 from soundmind.evaluation.examples import DataError
 from soundmind.evaluation.models import known_models
 from soundmind.evaluation.store import StoreError
-from soundmind.evaluation.text import OutOfMemory
+from soundmind.evaluation.text import OutOfMemory, TextDone
 from soundmind.model.folder import ModelError
 from soundmind.system.files import write_json
 
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate(options)
         except OutOfMemory as error:
             return start_over(arguments, error)
+        except TextDone:
+            in_a_fresh_process(arguments)
     except (DataError, ModelError, StoreError, CompareError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,7 +92,12 @@ def start_over(arguments: Sequence[str], error: OutOfMemory) -> int:
         return 2
     print(f"{error}; starting over with --max-num-seqs {smaller}", file=sys.stderr, flush=True)
     again = [*arguments, "--max-num-seqs", str(smaller)]  # the last one given holds
-    os.execv(sys.executable, [sys.executable, "-m", "soundmind.evaluate", *again])
+    in_a_fresh_process(again)
+
+
+def in_a_fresh_process(arguments: Sequence[str]) -> NoReturn:
+    """Run the command again with nothing of this process left; what is saved stays."""
+    os.execv(sys.executable, [sys.executable, "-m", "soundmind.evaluate", *arguments])
 
 
 def compare_command(arguments: Sequence[str]) -> int:
@@ -152,10 +160,20 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--audio-root", help="folder of the clips, instead of the recorded one")
     parser.add_argument(
-        "--recogniser", default=DEFAULT_RECOGNISER, help="a Whisper folder or Hub id"
+        "--recogniser",
+        default=DEFAULT_RECOGNISER,
+        help="a Whisper folder or Hub id, or a folder with grammar.json for pocketsphinx",
     )
     parser.add_argument("--speaker", default="Chelsie", help="a voice of spk_dict.pt")
-    parser.add_argument("--max-speech-seconds", type=float, default=600.0)
+    parser.add_argument("--max-speech-seconds", type=_duration, default=600.0)
+    parser.add_argument(
+        "--speech-engine",
+        choices=("batched", "reference"),
+        default="batched",
+        help="reference: transformers' own generate, one row at a time (61 h instead of 1)",
+    )
+    parser.add_argument("--speech-rows", type=_positive, help="answers spoken at once")
+    parser.add_argument("--talker-temperature", type=float, default=0.9, help="0 is greedy")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -163,6 +181,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _duration(text: str) -> float:
+    value = float(text)
+    if not 0.04 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} s is not a length of speech")
     return value
 
 

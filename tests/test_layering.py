@@ -25,13 +25,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"task", "system", "model"},
     "planning": {"system", "model", "data"},
     "plugin": {"model"},
-    "training": {"task", "system", "model", "data", "planning", "plugin"},
-    "evaluation": {"task", "system", "model", "data", "planning", "plugin"},
-    "standin": {"task", "system", "model", "data", "planning"},
+    "speech": {"system", "model", "data"},
+    "training": {"task", "system", "model", "data", "planning", "plugin", "speech"},
+    "evaluation": {"task", "system", "model", "data", "planning", "plugin", "speech"},
+    "standin": {"task", "system", "model", "data", "planning", "speech"},
     "making": {"task", "system", "model", "data", "standin", "speech"},
     "run": {
-        *("task", "system", "model", "data", "planning", "plugin", "training", "evaluation"),
-        "standin",
+        *("task", "system", "model", "data", "planning", "plugin", "speech", "training"),
+        *("evaluation", "standin"),
     },
 }
 IMPORT_VERL = {"plugin", "training", "run"}  # the launcher starts verl's trainer
@@ -40,6 +41,8 @@ IMPORT_VERL = {"plugin", "training", "run"}  # the launcher starts verl's traine
 HEAVY = ("torch", "verl", "vllm", "transformers", "ray")
 LOADS_HEAVY = {
     *("plugin.platform_cpu", "evaluation.speech"),
+    *("speech.decoding", "speech.recogniser", "speech.states", "speech.talker", "speech.vocoder"),
+    "speech.weights",
     *("training.agent_loop", "training.dataset", "training.engine", "training.feature_store"),
     *("training.micro_batch", "training.model_config", "training.policy", "training.trainer"),
     *("training.shared_prompts", "training.nodes", "standin.warmup"),

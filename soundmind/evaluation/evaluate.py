@@ -59,6 +59,9 @@ class Options:
     recogniser: str = DEFAULT_RECOGNISER
     speaker: str = "Chelsie"
     max_speech_seconds: float = 600.0
+    speech_engine: str = "batched"
+    speech_rows: int | None = None
+    talker_temperature: float = 0.9
 
 
 class Backend(Protocol):
@@ -92,7 +95,7 @@ def settle(options: Options) -> TextSettings:
         seed=options.seed,
         dtype=options.dtype or ("float32" if cpu else "bfloat16"),
         max_num_seqs=options.max_num_seqs or (CPU_SEQS if cpu else GPU_SEQS),
-        batch_rows=1 if speech else options.batch_rows or (CPU_BATCH if cpu else GPU_BATCH),
+        batch_rows=options.batch_rows or (CPU_BATCH if cpu else GPU_BATCH),
         tensor_parallel=options.tensor_parallel,
         max_model_len=options.max_model_len,
         trust_remote_code=options.trust_remote_code,
@@ -117,7 +120,7 @@ def describe_settings(
         "seed": settings.seed,
         "dtype": settings.dtype,
         "batch_rows": settings.batch_rows,
-        "engine": "transformers" if speech else "vllm",
+        "engine": "transformers" if speech and options.speech_engine == "reference" else "vllm",
         "max_model_len": settings.max_model_len,
     }
     config: dict[str, Any] = {
@@ -146,6 +149,8 @@ def describe_settings(
             "speaker": options.speaker,
             "max_speech_seconds": options.max_speech_seconds,
             "recogniser": options.recogniser,
+            "engine": options.speech_engine,
+            "talker_temperature": options.talker_temperature,
         }
     return config
 
@@ -189,6 +194,8 @@ def predict_all(
     options: Options,
 ) -> int:
     """Ask every row that has no prediction yet; returns how many rows that were."""
+    if options.output_modality == "speech":
+        return speak_all(store, examples, model, settings, options)
     rows, lines_per_row = store.config["generation"]["batch_rows"], settings.samples
     kept = store.resume(rows * lines_per_row, len(examples) * lines_per_row) // lines_per_row
     if kept == len(examples):
@@ -210,20 +217,41 @@ def make_backend(
     options: Options,
     output: Path,
 ) -> Backend:
-    """The backend of the output modality."""
-    prepare_process()  # before soundmind.evaluation.speech imports torch
-    if options.output_modality == "text":
-        return TextBackend(model, examples, settings, output)
-    from soundmind.evaluation.speech import SpeechBackend
+    """What answers in text."""
+    prepare_process()
+    return TextBackend(model, examples, settings, output)
 
-    return SpeechBackend(
+
+def speak_all(
+    store: Store,
+    examples: Sequence[Example],
+    model: Model,
+    settings: TextSettings,
+    options: Options,
+) -> int:
+    """The stages of a spoken evaluation; returns how many rows got their line."""
+    prepare_process()  # before torch is imported
+    from soundmind.evaluation.speech import SpokenEvaluation
+    from soundmind.speech.talker import SpeechSettings
+
+    def stage(name: str, total: int, kept: int) -> Bar:
+        print(f"{name}: {kept} of {total} rows are there", flush=True)
+        return Bar(total, kept)
+
+    spoken = SpokenEvaluation(
+        store,
+        examples,
         model,
         settings,
-        output,
+        engine=options.speech_engine,
         recogniser=options.recogniser,
-        speaker=options.speaker,
-        max_speech_seconds=options.max_speech_seconds,
+        voice=options.speaker,
+        speech=SpeechSettings(
+            temperature=options.talker_temperature, max_seconds=options.max_speech_seconds
+        ),
+        rows=options.speech_rows,
     )
+    return spoken.run(stage)
 
 
 class TextBackend:

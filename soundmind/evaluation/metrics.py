@@ -233,6 +233,37 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Metric:
     return {"n": words, "clips": len(references), **counts, "value": value}
 
 
+def word_errors_by_minute(
+    references: Sequence[str], hypotheses: Sequence[str], seconds: Sequence[float]
+) -> list[Metric]:
+    """Word error rate by minute of the answer: does the voice fade on long ones?
+
+    A word's minute is taken from its place in the text, as if the answer were read at one pace.
+    """
+    import jiwer
+
+    words: Counter[int] = Counter()
+    errors: Counter[int] = Counter()
+    for reference, hypothesis, length in zip(references, hypotheses, seconds, strict=True):
+        total = len(reference.split())
+        if not total:
+            continue
+        for chunk in jiwer.process_words(reference, hypothesis).alignments[0]:
+            count = max(
+                chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
+            )
+            for step in range(count):
+                place = min(chunk.ref_start_idx + step, total - 1)
+                minute = int(place / total * length / 60)
+                words[minute] += chunk.type != "insert"
+                errors[minute] += chunk.type != "equal"
+    return [
+        {"minute": minute, "n": words[minute], "value": errors[minute] / words[minute]}
+        for minute in sorted(words)
+        if words[minute]
+    ]
+
+
 # --- an evaluation --------------------------------------------------------------------------------
 
 
@@ -385,16 +416,31 @@ def summarise(predictions: Sequence[Prediction]) -> Metric:
 def summarise_speech(predictions: Sequence[Prediction], normalise: Callable[[str], str]) -> Metric:
     """Speech metrics: WER against the thinker's own text, and accuracy from text and transcript."""
     spoken = [p for p in predictions if p.get("speech_transcript") is not None]
+    written = [normalise(p["response"]) for p in spoken]
+    heard = [normalise(p["speech_transcript"]) for p in spoken]
+    straight = [row for row, p in enumerate(spoken) if not p.get("speech_windows_looped")]
+    windows = sum(p.get("speech_windows", 0) for p in spoken)
     return {
-        "wer": word_errors(
-            [normalise(p["response"]) for p in spoken],
-            [normalise(p["speech_transcript"]) for p in spoken],
+        "wer": word_errors(written, heard),
+        # Where the recogniser ran to its limit it heard itself, not the answer.
+        "wer_without_loops": word_errors(
+            [written[row] for row in straight], [heard[row] for row in straight]
         ),
+        "wer_by_minute": word_errors_by_minute(
+            written, heard, [p["speech_seconds"] for p in spoken]
+        ),
+        "windows": {
+            "n": windows,
+            "looped": sum(p.get("speech_windows_looped", 0) for p in spoken),
+        },
         "accuracy_from_text": rate(map(is_correct, predictions)),
         "accuracy_from_transcript": rate(
             p.get("transcript_verdict") == p["ground_truth"] for p in predictions
         ),
         "rows_with_speech": rate(p.get("speech_transcript") is not None for p in predictions),
         "speech_truncated": rate(bool(p.get("speech_truncated")) for p in predictions),
+        "speech_short_of_positions": rate(
+            bool(p.get("speech_short_of_positions")) for p in predictions
+        ),
         "speech_seconds": spread(p.get("speech_seconds") for p in spoken),
     }

@@ -1,29 +1,28 @@
-"""Spoken answers: transformers' complete Qwen2.5-Omni speaks, Whisper listens.
+"""Spoken answers in stages, each continued by row where it was interrupted.
 
-    thinker (greedy text) -> talker (codec tokens, 50 a second) -> vocoder (24 kHz) -> wav
-    wav -> 16 kHz -> windows -> Whisper -> transcript -> verdict, word errors
+    text         vLLM, as the text evaluation asks it              text.jsonl
+    codes        one forward pass of the thinker a row, then the talker, many rows at once
+                                                                   codes/<row>.json
+    sound        the vocoder in windows                            speech/<row>_<id>.wav, 24 kHz
+    transcript   the recogniser, and the row's line                predictions.jsonl
 
-One row at a time: transformers does not batch generation with sound. The talker samples, as
-published (a greedy talker drones), from a generator seeded per row, so that a run continued after a
-kill says the same. The wav file is what is transcribed, not the tensor before it.
+Talker, vocoder and recogniser are those of `soundmind.speech`, shared with training. The talker
+samples, as published (a greedy one drones), every row from a seed of its own. The wav file is what
+is transcribed, not the tensor before it.
 
-Two things differ from a plain `model.generate`:
-
-* The vocoder works in windows of 30 s with a second of context on both sides. In one piece it
-  refuses anything beyond 327 s (its 32,768 mel frames), and a published reasoning takes some 600.
-  Answers up to one window are vocoded exactly as published. [ours]
-* Banned ids are suppressed as in training.
-
-Writes speech/<row>_<id>.wav (24 kHz, 16 bit) below the output folder.
+`--speech-engine reference` makes text and codes with transformers' own `generate`, one row at a
+time: the oracle of the batched engine, which equals it in float32 with a greedy talker.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,141 +31,361 @@ import numpy.typing as npt
 import soundfile
 import torch
 
-from soundmind.data.audio import MAX_CLIP_SECONDS, SAMPLE_RATE, ClipError, Waveform, load_waveform
+from soundmind.data.audio import MAX_CLIP_SECONDS, SAMPLE_RATE, load_waveform
 from soundmind.evaluation.examples import Example
 from soundmind.evaluation.grade import prediction
 from soundmind.evaluation.models import Model, render
-from soundmind.evaluation.store import StoreError
-from soundmind.evaluation.text import Answer, TextSettings, load_checked_clip, row_seed
-from soundmind.evaluation.transcripts import join_transcripts, save_recogniser, windows
-from soundmind.model.folder import ModelError, fetch_model, folder_digest
+from soundmind.evaluation.store import Store, StoreError, read_predictions
+from soundmind.evaluation.text import (
+    Answer,
+    TextDone,
+    TextEngine,
+    TextSettings,
+    load_checked_clip,
+    row_seed,
+)
+from soundmind.evaluation.transcripts import save_recogniser
+from soundmind.model.folder import ModelError
 from soundmind.model.processor import load_processor
 from soundmind.model.tokens import response_banned_token_ids
+from soundmind.speech.decoding import CODES_PER_SECOND, Codes, SpeechSettings
+from soundmind.speech.recogniser import Recogniser, open_recogniser
+from soundmind.speech.states import TalkerInputs, mark_embeddings, thinker_states
+from soundmind.speech.talker import Talker, Unspeakable
+from soundmind.speech.vocoder import SPEECH_RATE, Vocoder
+from soundmind.speech.weights import load_part, load_voice
+from soundmind.system.files import write_atomically
 from soundmind.task.labels import parse_spoken_verdict
 
-SPEECH_RATE = 24_000  # Hz, of the vocoder
+TEXT, CODES, SOUND = "text.jsonl", "codes", "speech"
+ROUNDS = 4  # times the rows at once that go through the talker between two savings
+TRANSCRIBED = 16  # rows transcribed and saved together
+
+Step = Callable[[int], None]
 
 
-CODES_PER_SECOND = 50  # two mel frames of 10 ms each
-
-
-WINDOW_CODES = 30 * CODES_PER_SECOND
-
-
-CONTEXT_CODES = CODES_PER_SECOND
-
-
-MIN_WINDOW_CODES = 4 * CODES_PER_SECOND  # below, running out of memory is an error of the row
-
-
-RECOGNISER_BATCH = 8  # windows transcribed at once
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """An answer with its sound; `waveform` is None where speaking failed (`answer.error`)."""
-
-    answer: Answer
-    waveform: npt.NDArray[np.float32] | None  # (num_samples,) at 24 kHz
-    num_codes: int
-    truncated: bool
-
-
-class WindowedVocoder(torch.nn.Module):
-    """The model's own vocoder, applied to windows of codec tokens."""
-
-    def __init__(self, vocoder: torch.nn.Module, window: int = WINDOW_CODES) -> None:
-        super().__init__()
-        self.vocoder = vocoder
-        self.window = window
-        self.num_codes = 0  # of the last call
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Asked for by the model's `generate`."""
-        return next(self.vocoder.parameters()).dtype
-
-    def forward(self, codes: torch.Tensor, **conditions: Any) -> torch.Tensor:
-        """`codes` (1, num_codes) int64 -> waveform (num_samples,) float32."""
-        total = self.num_codes = codes.shape[1]
-        if total == 0:
-            raise ValueError("the talker gave no codec token")
-        pieces = []
-        for start in range(0, total, self.window):
-            end = min(start + self.window, total)
-            low, high = max(0, start - CONTEXT_CODES), min(total, end + CONTEXT_CODES)
-            if total <= self.window + CONTEXT_CODES:
-                low, end, high = 0, total, total
-            sound = self.vocoder(codes[:, low:high], **conditions).reshape(-1)
-            per_code = sound.numel() // (high - low)
-            pieces.append(sound[(start - low) * per_code : (end - low) * per_code])
-            if end == total:
-                break
-        return torch.cat(pieces)
-
-
-class Speaker:
-    """The complete model; `speak` answers one row in text and sound."""
+class SpokenEvaluation:
+    """The stages of one evaluation."""
 
     def __init__(
-        self, model: Model, settings: TextSettings, voice: str, max_seconds: float
+        self,
+        store: Store,
+        examples: Sequence[Example],
+        model: Model,
+        settings: TextSettings,
+        *,
+        engine: str,
+        recogniser: str,
+        voice: str,
+        speech: SpeechSettings,
+        rows: int | None,
     ) -> None:
-        from transformers import Qwen2_5OmniForConditionalGeneration
-
-        self._model, self._settings, self._voice = model, settings, voice
-        self._max_codes = int(max_seconds * CODES_PER_SECOND)
+        self._store, self._examples, self._model = store, examples, model
+        self._settings, self._speech, self._rows = settings, speech, rows
+        self._engine, self._voice_name = engine, voice
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._processor = load_processor(str(model.folder))
-        self._omni: Any = Qwen2_5OmniForConditionalGeneration.from_pretrained(
-            model.folder, dtype=getattr(torch, settings.dtype)
-        )
-        self._omni.eval().to(self._device)
-        voices = sorted(self._omni.speaker_map)
-        if voice not in voices:
-            raise ModelError(f"{model.folder}: no voice {voice!r} in spk_dict.pt; it has {voices}")
-        self._omni.token2wav = WindowedVocoder(self._omni.token2wav.float())
-        self._banned = response_banned_token_ids(self._processor.tokenizer)
+        # First what can be wrong: it should not cost hours of text.
+        self._voice = load_voice(model.folder, voice)
+        self._recogniser: Recogniser = open_recogniser(recogniser, "cpu")
+        save_recogniser(store.path, self._recogniser.describe())
+        positions = speech.max_codes
+        if positions >= 32_768:
+            raise ModelError(
+                f"--max-speech-seconds {speech.max_seconds:g} is {positions} codec tokens, more than "
+                "the talker's 32,768 positions; 600 leaves room for the longest prompt"
+            )
 
-    def speak(self, example: Example) -> Spoken:
-        """Answer one row; a row that cannot be asked or spoken says so in `answer.error`."""
-        started = time.monotonic()
-        try:
-            clip = load_checked_clip(example, MAX_CLIP_SECONDS)
-        except (ValueError, OSError) as error:
-            return Spoken(Answer.failed(str(error)), None, 0, False)
-        inputs = self._inputs(example, clip)
-        torch.manual_seed(row_seed(self._settings.seed, example.index))
-        problem: str | None = None
-        try:
-            ids, sound = self._generate(inputs)
-        except (RuntimeError, ValueError, IndexError) as error:
-            # The text is worth having without the sound; greedy, it is the same text.
-            ids, sound = self._omni.generate(**inputs, **self._text_options("text")), None
-            problem = f"no speech: {type(error).__name__}: {error}"
-        answer = replace(
-            self._answer(ids[0, inputs["input_ids"].shape[1] :].tolist(), inputs),
-            seconds=time.monotonic() - started,
-            error=problem,
-        )
-        codes = self._omni.token2wav.num_codes if sound is not None else 0
-        return Spoken(answer, sound, codes, codes >= self._max_codes - 1)
+    def run(self, stage: Callable[[str, int, int], Any]) -> int:
+        """All stages; returns how many rows got their line. `stage` opens a progress display."""
+        total = len(self._examples)
+        kept = self._store.resume(TRANSCRIBED, total)
+        if kept == total:
+            return 0
+        for folder in (CODES, SOUND):
+            (self._store.path / folder).mkdir(exist_ok=True)
+        if self._engine == "reference":
+            self._reference(stage)
+        else:
+            self._text(stage)
+        answers = [Answer(**line) for line in read_predictions(self._store.path, TEXT)]
+        if self._engine != "reference":
+            self._codes(answers, stage)
+        problems = self._sound(answers, stage)
+        self._transcripts(answers, problems, kept, stage)
+        return total - kept
 
-    def _inputs(self, example: Example, clip: Waveform | None) -> dict[str, Any]:
-        text = render(self._model, self._processor, example.messages)
-        encoded = self._processor(
-            text=[text],
+    # --- text and codes -------------------------------------------------------------------------
+
+    def _text(self, stage: Any) -> None:
+        batch, total = self._settings.batch_rows, len(self._examples)
+        kept = self._store.resume(batch, total, TEXT)
+        if kept == total:
+            return
+        engine = TextEngine(self._model, self._examples, self._settings)
+        with stage("text", total, kept) as bar:
+            for first in range(kept, total, batch):
+                rows = self._examples[first : first + batch]
+                answers = engine.answer(rows, engine.prepare(rows), bar.advance)
+                self._store.append([asdict(samples[0]) for samples in answers], TEXT)
+                bar.saved(first + len(rows))
+        raise TextDone
+
+    def _codes(self, answers: Sequence[Answer], stage: Any) -> None:
+        waiting = [
+            (example, answer)
+            for example, answer in zip(self._examples, answers, strict=True)
+            if answer.error is None and not self._codes_file(example).is_file()
+        ]
+        if not waiting:
+            return
+        thinker = Thinker(self._model, self._settings, self._device)
+        talker = Talker(self._model.folder, self._device, getattr(torch, self._settings.dtype))
+        longest = max(answer.prompt_tokens for answer in answers) + self._speech.max_codes
+        at_once = self._rows or talker.rows_that_fit(longest)
+        marks = mark_embeddings(thinker.model, self._voice.start_token, talker.mark_ids)
+        with stage("codes", len(self._examples), len(self._examples) - len(waiting)) as bar:
+            for first in range(0, len(waiting), ROUNDS * at_once):
+                chunk = waiting[first : first + ROUNDS * at_once]
+                inputs: list[TalkerInputs | None] = []
+                spoken: list[Example] = []
+                for example, answer in chunk:
+                    try:
+                        states = thinker.states(example, answer.token_ids)
+                        inputs.append(talker.inputs(states, answer.prompt_tokens, marks))
+                        spoken.append(example)
+                    except Unspeakable as error:
+                        self._save_codes(example, None, str(error))
+                seeds = [row_seed(self._settings.seed, example.index) for example in spoken]
+                codes = talker.speak(inputs, seeds, self._speech, at_once)
+                for example, found in zip(spoken, codes, strict=True):
+                    self._save_codes(example, found)
+                bar.advance(len(chunk))
+                bar.saved(len(self._examples) - len(waiting) + first + len(chunk))
+
+    def _reference(self, stage: Any) -> None:
+        total = len(self._examples)
+        kept = self._store.resume(1, total, TEXT)
+        if kept == total:
+            return
+        speaker = ReferenceSpeaker(self._model, self._settings, self._voice_name, self._speech)
+        with stage("text and codes", total, kept) as bar:
+            for example in self._examples[kept:]:
+                answer, codes, problem = speaker.speak(example)
+                if answer.error is None:
+                    self._save_codes(example, codes, problem)
+                self._store.append([asdict(answer)], TEXT)
+                bar.advance(1)
+                bar.saved(example.index + 1)
+
+    def _codes_file(self, example: Example) -> Path:
+        return self._store.path / CODES / f"{example.index:05d}.json"
+
+    def _save_codes(
+        self, example: Example, codes: Codes | None, problem: str | None = None
+    ) -> None:
+        found = {} if codes is None else asdict(codes)
+        text = json.dumps({**found, "problem": problem}, separators=(",", ":"))
+        with saving(self._codes_file(example)):
+            write_atomically(self._codes_file(example), text.encode())
+
+    def _read_codes(self, example: Example) -> tuple[Codes | None, str | None]:
+        record = json.loads(self._codes_file(example).read_text(encoding="utf-8"))
+        problem = record.pop("problem")
+        record["tokens"] = tuple(record.get("tokens", ()))
+        return (None if "ended" not in record else Codes(**record)), problem
+
+    # --- sound and transcripts ------------------------------------------------------------------
+
+    def _sound(self, answers: Sequence[Answer], stage: Any) -> dict[int, str]:
+        """Vocode every row without a file; returns what kept a row from sounding."""
+        problems: dict[int, str] = {}
+        vocoder = None
+        total = len(self._examples)
+        with stage("sound", total, 0) as bar:
+            for example, answer in zip(self._examples, answers, strict=True):
+                path = self._sound_file(example)
+                if answer.error is None and not path.is_file():
+                    codes, problem = self._read_codes(example)
+                    if codes is not None and codes.tokens:
+                        if vocoder is None:
+                            vocoder = Vocoder(self._model.folder, self._voice_name, self._device)
+                        try:
+                            seed = row_seed(self._settings.seed, example.index)
+                            write_speech(path, vocoder.sound(codes.tokens, seed))
+                        except (RuntimeError, ValueError) as error:
+                            problem = f"no speech: {type(error).__name__}: {error}"
+                    elif problem is None:
+                        problem = "no speech: the talker gave no codec token"
+                    if problem is not None:
+                        problems[example.index] = problem
+                bar.advance(1)
+            bar.saved(total)
+        return problems
+
+    def _sound_file(self, example: Example) -> Path:
+        name = re.sub(r"[^\w.-]", "_", str(example.info["id"]))
+        return self._store.path / SOUND / f"{example.index:05d}_{name}.wav"
+
+    def _transcripts(
+        self, answers: Sequence[Answer], problems: dict[int, str], kept: int, stage: Any
+    ) -> None:
+        self._recogniser.to(self._device)
+        total = len(self._examples)
+        with stage("transcripts", total, kept) as bar:
+            for first in range(kept, total, TRANSCRIBED):
+                rows = range(first, min(first + TRANSCRIBED, total))
+                self._store.append(self._lines(rows, answers, problems))
+                bar.advance(len(rows))
+                bar.saved(rows.stop)
+
+    def _lines(
+        self, rows: range, answers: Sequence[Answer], problems: dict[int, str]
+    ) -> list[dict[str, Any]]:
+        files = {row: self._sound_file(self._examples[row]) for row in rows}
+        sounding = [row for row in rows if answers[row].error is None and files[row].is_file()]
+        clips = [load_waveform(files[row], check_sound=False) for row in sounding]
+        heard: dict[int, Any] = {}
+        failed: dict[int, str] = {}
+        try:
+            heard = dict(zip(sounding, self._recogniser.transcribe(clips), strict=True))
+        except RuntimeError:  # of which row, each by itself will tell
+            for row, clip in zip(sounding, clips, strict=True):
+                try:
+                    heard[row] = self._recogniser.transcribe([clip])[0]
+                except RuntimeError as error:
+                    failed[row] = f"speech was not transcribed: {error}"
+        lines = []
+        for row in rows:
+            example, answer = self._examples[row], answers[row]
+            speech: dict[str, Any] = dict.fromkeys(
+                ("speech_audio", "speech_transcript", "speech_seconds", "speech_tokens")
+            )
+            speech |= {"speech_truncated": False, "transcript_verdict": None}
+            if answer.error is None:
+                codes, problem = self._read_codes(example)
+                if codes is not None:
+                    speech |= {
+                        "speech_tokens": len(codes.tokens),
+                        "speech_seconds": len(codes.tokens) / CODES_PER_SECOND,
+                        "speech_truncated": not codes.ended,
+                        "speech_short_of_positions": codes.short_of_positions,
+                    }
+                answer = replace(answer, error=failed.get(row) or problems.get(row) or problem)
+            if files[row].is_file():
+                speech["speech_audio"] = os.path.relpath(files[row], self._store.path)
+            if row in heard:
+                speech |= {
+                    "speech_transcript": heard[row].text,
+                    "transcript_verdict": parse_spoken_verdict(heard[row].text),
+                    "speech_windows": heard[row].windows,
+                    "speech_windows_looped": heard[row].looped,
+                }
+            lines.append(prediction(example, answer, 0, self._store.path, **speech))
+        return lines
+
+
+class Prompts:
+    """Rows as the processor's tensors, on a device."""
+
+    def __init__(self, model: Model, settings: TextSettings, device: str) -> None:
+        self._model, self._device = model, device
+        self._dtype = getattr(torch, settings.dtype)
+        self.processor = load_processor(str(model.folder))
+
+    def encode(self, example: Example) -> dict[str, torch.Tensor]:
+        """`input_ids` (1, tokens), attention mask, and features of the row's clip if it has one."""
+        clip = load_checked_clip(example, MAX_CLIP_SECONDS)
+        encoded = self.processor(
+            text=[render(self._model, self.processor, example.messages)],
             audio=None if clip is None else [clip],
             sampling_rate=SAMPLE_RATE,
             return_tensors="pt",
         )
-        dtype = getattr(torch, self._settings.dtype)
         return {
-            name: tensor.to(self._device, dtype if tensor.is_floating_point() else None)
+            name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
             for name, tensor in encoded.items()
         }
 
-    def _text_options(self, mode: str) -> dict[str, Any]:
-        settings, tokenizer = self._settings, self._processor.tokenizer
+
+class Thinker:
+    """The thinker of a complete folder, for its states."""
+
+    def __init__(self, model: Model, settings: TextSettings, device: str) -> None:
+        from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
+        from transformers.initialization import no_init_weights
+
+        self._prompts = Prompts(model, settings, device)
+        self._device = device
+        config = AutoConfig.from_pretrained(model.folder).thinker_config
+        with no_init_weights():
+            self.model: Any = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
+                config, dtype=getattr(torch, settings.dtype)
+            )
+        load_part(self.model, model.folder, "thinker.")
+        self.model.eval().requires_grad_(False).to(device)
+
+    def states(self, example: Example, response: Sequence[int]) -> torch.Tensor:
+        """States (prompt + response - 1, H) of a row that was answered with `response`."""
+        inputs = self._prompts.encode(example)
+        prompt = inputs.pop("input_ids")
+        inputs.pop("attention_mask", None)
+        said = torch.tensor([list(response[:-1])], dtype=torch.long, device=self._device)
+        return thinker_states(self.model, torch.cat([prompt, said], 1), **inputs)
+
+
+class ReferenceSpeaker:
+    """transformers' complete model, one row at a time; its vocoder only keeps the codes."""
+
+    def __init__(
+        self, model: Model, settings: TextSettings, voice: str, speech: SpeechSettings
+    ) -> None:
+        from transformers import Qwen2_5OmniForConditionalGeneration
+
+        self._settings, self._voice, self._speech = settings, voice, speech
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._prompts = Prompts(model, settings, device)
+        self._omni: Any = Qwen2_5OmniForConditionalGeneration.from_pretrained(
+            model.folder, dtype=getattr(torch, settings.dtype)
+        )
+        self._omni.eval().to(device)
+        self._omni.token2wav = _KeptCodes()
+        self._limit = speech.max_codes
+        self._banned = response_banned_token_ids(self._prompts.processor.tokenizer)
+
+    def speak(self, example: Example) -> tuple[Answer, Codes | None, str | None]:
+        """Answer and codes of a row, or what kept it from being spoken."""
+        started = time.monotonic()
+        try:
+            inputs = self._prompts.encode(example)
+        except (ValueError, OSError) as error:
+            return Answer.failed(str(error)), None, None
+        torch.manual_seed(row_seed(self._settings.seed, example.index))
+        codes, problem = None, None
+        try:
+            ids, _ = self._omni.generate(**inputs, **self._options("audio"))
+            kept = self._omni.token2wav.codes
+            codes = Codes(tuple(kept), len(kept) < self._limit - 1)
+        except (RuntimeError, ValueError, IndexError) as error:
+            # The text is worth having without the sound; greedy, it is the same text.
+            ids = self._omni.generate(**inputs, **self._options("text"))
+            problem = f"no speech: {type(error).__name__}: {error}"
+        tokenizer = self._prompts.processor.tokenizer
+        prompt = inputs["input_ids"].shape[1]
+        response = ids[0, prompt:].tolist()
+        ended = response[-1:] == [tokenizer.eos_token_id]
+        answer = Answer(
+            text=tokenizer.decode(response, skip_special_tokens=True),
+            num_tokens=len(response),
+            finish_reason="stop" if ended else "length",
+            prompt_tokens=prompt,
+            seconds=time.monotonic() - started,
+            token_ids=tuple(response),
+        )
+        return answer, codes, problem
+
+    def _options(self, mode: str) -> dict[str, Any]:
+        settings, speech = self._settings, self._speech
+        tokenizer = self._prompts.processor.tokenizer
         options: dict[str, Any] = {
             "generation_mode": mode,
             "speaker": self._voice,
@@ -184,175 +403,37 @@ class Speaker:
                 "thinker_top_p": settings.top_p,
                 "thinker_top_k": 0,
             }
+        options["talker_max_new_tokens"] = self._limit
+        options["talker_do_sample"] = speech.temperature > 0
+        if speech.temperature > 0:
+            options["talker_temperature"] = speech.temperature
         return options
 
-    def _generate(
-        self, inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, npt.NDArray[np.float32] | None]:
-        """Token ids (1, length) and sound (num_samples,); halves the window on lack of memory."""
-        vocoder = self._omni.token2wav
-        generator_state = torch.get_rng_state()
-        try:
-            ids, sound = self._omni.generate(
-                **inputs, **self._text_options("audio"), talker_max_new_tokens=self._max_codes
-            )
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if vocoder.window // 2 < MIN_WINDOW_CODES:
-                raise
-            vocoder.window //= 2
-            print(
-                f"out of memory; speaking in windows of {vocoder.window // CODES_PER_SECOND} s",
-                flush=True,
-            )
-            torch.set_rng_state(generator_state)
-            return self._generate(inputs)
-        return ids, sound.reshape(-1).float().cpu().numpy()
 
-    def _answer(self, ids: list[int], inputs: dict[str, Any]) -> Answer:
-        tokenizer = self._processor.tokenizer
-        ended = ids[-1:] == [tokenizer.eos_token_id]
-        return Answer(
-            text=tokenizer.decode(ids, skip_special_tokens=True),
-            num_tokens=len(ids),
-            finish_reason="stop" if ended else "length",
-            prompt_tokens=int(inputs["input_ids"].shape[1]),
-            seconds=0.0,
-        )
+class _KeptCodes(torch.nn.Module):
+    dtype = torch.float32  # asked for by the model's `generate`
+
+    def forward(self, codes: torch.Tensor, **_: Any) -> torch.Tensor:
+        """`codes` (1, num_codes) int64."""
+        self.codes: list[int] = codes[0].tolist()
+        return torch.zeros(1)
 
 
-class Recogniser:
-    """A Whisper model of transformers; greedy, English, long clips in overlapping windows."""
-
-    def __init__(self, name: str) -> None:
-        from transformers import WhisperForConditionalGeneration, WhisperProcessor
-
-        folder = fetch_model(name)
-        self._name, self._digest = name, folder_digest(folder)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float16 if self._device == "cuda" else torch.float32
-        try:
-            self._processor: Any = WhisperProcessor.from_pretrained(folder)
-            self._whisper: Any = WhisperForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{name} is no Whisper model that transformers can load ({error}); name one with "
-                "--recogniser, for instance openai/whisper-large-v3"
-            ) from error
-        self._whisper.eval().to(self._device)
-        self._batch = RECOGNISER_BATCH
-
-    def describe(self) -> dict[str, Any]:
-        """Name, digest, and the tokenizer's table of spellings for the normaliser."""
-        spellings = getattr(self._processor.tokenizer, "english_spelling_normalizer", None)
-        return {"name": self._name, "digest": self._digest, "spellings": dict(spellings or {})}
-
-    def transcribe(self, waveform: Waveform) -> str:
-        """Transcript of (num_samples,) float32 at 16 kHz."""
-        clips = [waveform[start:end] for start, end in windows(waveform.size, SAMPLE_RATE)]
-        texts: list[str] = []
-        while len(texts) < len(clips):
-            batch = clips[len(texts) : len(texts) + self._batch]
-            try:
-                texts += self._transcribe_windows(batch)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                if self._batch == 1:
-                    raise
-                self._batch //= 2
-                print(f"out of memory; transcribing {self._batch} windows at once", flush=True)
-        return join_transcripts(texts)
-
-    @torch.no_grad()
-    def _transcribe_windows(self, clips: Sequence[Waveform]) -> list[str]:
-        features = self._processor.feature_extractor(
-            list(clips),
-            sampling_rate=SAMPLE_RATE,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        options: dict[str, Any] = {}
-        if getattr(self._whisper.generation_config, "is_multilingual", False):
-            options = {"language": "en", "task": "transcribe"}
-        ids = self._whisper.generate(
-            features["input_features"].to(self._device, self._whisper.dtype),
-            attention_mask=features["attention_mask"].to(self._device),
-            do_sample=False,
-            num_beams=1,
-            **options,
-        )
-        texts: list[str] = self._processor.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-
-class SpeechBackend:
-    """Speaker and recogniser: rows to lines of predictions with their wav files."""
-
-    def __init__(
-        self,
-        model: Model,
-        settings: TextSettings,
-        output: Path,
-        *,
-        recogniser: str,
-        speaker: str,
-        max_speech_seconds: float,
-    ) -> None:
-        self._output = output
-        self._recogniser = Recogniser(recogniser)  # first: a wrong name should not cost minutes
-        save_recogniser(output, self._recogniser.describe())
-        self._speaker = Speaker(model, settings, speaker, max_speech_seconds)
-
-    def predict(
-        self, batch: Sequence[Example], on_done: Callable[[int], None]
-    ) -> list[dict[str, Any]]:
-        """One line per row; `on_done(1)` after each."""
-        lines = []
-        for example in batch:
-            lines.append(self._predict_row(example))
-            on_done(1)
-        return lines
-
-    def _predict_row(self, example: Example) -> dict[str, Any]:
-        spoken = self._speaker.speak(example)
-        speech: dict[str, Any] = {
-            "speech_audio": None,
-            "speech_transcript": None,
-            "speech_seconds": None,
-            "speech_tokens": None,
-            "speech_truncated": spoken.truncated,
-            "transcript_verdict": None,
-        }
-        answer = spoken.answer
-        if spoken.waveform is not None:
-            path = write_speech(self._output / "speech", example, spoken.waveform)
-            try:
-                transcript = self._recogniser.transcribe(load_waveform(path, check_sound=False))
-            except (ClipError, RuntimeError) as error:
-                answer = replace(answer, error=f"speech was not transcribed: {error}")
-            else:
-                speech["speech_transcript"] = transcript
-                speech["transcript_verdict"] = parse_spoken_verdict(transcript)
-            speech["speech_audio"] = os.path.relpath(path, self._output)
-            speech["speech_seconds"] = spoken.waveform.size / SPEECH_RATE
-            speech["speech_tokens"] = spoken.num_codes
-        return prediction(example, answer, 0, self._output, **speech)
-
-
-def write_speech(folder: Path, example: Example, waveform: npt.NDArray[np.float32]) -> Path:
-    """Write an answer's sound as 16-bit wav under a name that holds row and id."""
-    name = re.sub(r"[^\w.-]", "_", str(example.info["id"]))
-    path = folder / f"{example.index:05d}_{name}.wav"
+def write_speech(path: Path, waveform: npt.NDArray[np.float32]) -> None:
+    """Write an answer's sound as 16-bit wav, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        folder.mkdir(exist_ok=True)
+    with saving(path):
         soundfile.write(temporary, waveform, SPEECH_RATE, subtype="PCM_16", format="WAV")
         os.replace(temporary, path)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """StoreError for a file that could not be written."""
+    try:
+        yield
     except (OSError, soundfile.LibsndfileError) as error:
         raise StoreError(
             f"{path}: {error}. What was finished before is valid; make room and run the same "
             "command again to continue"
         ) from error
-    return path

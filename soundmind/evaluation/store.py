@@ -72,9 +72,9 @@ class Store:
             raise StoreError(f"{path}: {error.strerror or error}; nothing was evaluated") from error
         return cls(path, config, lock)
 
-    def resume(self, batch_lines: int, total_lines: int) -> int:
-        """Cut `predictions.jsonl` to whole batches of `batch_lines`; returns the lines kept."""
-        path = self.path / PREDICTIONS
+    def resume(self, batch_lines: int, total_lines: int, name: str = PREDICTIONS) -> int:
+        """Cut a file of lines to whole batches of `batch_lines`; returns the lines kept."""
+        path = self.path / name
         if not path.exists():
             return 0
         ends = [0]  # byte offset after each complete line
@@ -88,9 +88,9 @@ class Store:
         os.truncate(path, ends[kept])
         return kept
 
-    def append(self, predictions: Sequence[dict[str, Any]]) -> None:
+    def append(self, predictions: Sequence[dict[str, Any]], name: str = PREDICTIONS) -> None:
         """Add a batch, complete and on disk when this returns; on failure the file is as before."""
-        path = self.path / PREDICTIONS
+        path = self.path / name
         data = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions).encode()
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -121,11 +121,11 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def read_predictions(path: Path) -> list[dict[str, Any]]:
+def read_predictions(path: Path, name: str = PREDICTIONS) -> list[dict[str, Any]]:
     """Lines of `predictions.jsonl`; StoreError names a line that cannot be read."""
-    file = path / PREDICTIONS
+    file = path / name
     if not file.is_file():
-        raise StoreError(f"{path} holds no {PREDICTIONS}; is it the folder of an evaluation?")
+        raise StoreError(f"{path} holds no {name}; is it the folder of an evaluation?")
     predictions = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):

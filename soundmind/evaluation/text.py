@@ -37,6 +37,10 @@ OTHER_MODEL_PROMPT = (
 _OUT_OF_MEMORY = ("out of memory", "no available memory", "larger than the available kv cache")
 
 
+class TextDone(Exception):
+    """A spoken evaluation has its text. vLLM's memory comes free with the process: go on in another."""
+
+
 class OutOfMemory(RuntimeError):
     """The engine did not fit. `max_num_seqs` is what it was tried with."""
 
@@ -72,6 +76,7 @@ class Answer:
     prompt_tokens: int  # clips expanded
     seconds: float  # of the batch, divided by its rows
     error: str | None = None
+    token_ids: tuple[int, ...] = ()  # of the response, the end token included
 
     @classmethod
     def failed(cls, error: str) -> Answer:
@@ -272,6 +277,7 @@ class TextEngine:
             finish_reason=str(sample.finish_reason),
             prompt_tokens=len(output.prompt_token_ids),
             seconds=seconds,
+            token_ids=tuple(sample.token_ids),
         )
 
 

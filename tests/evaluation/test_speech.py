@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def speak(
                 str(output),
                 "--recogniser",
                 str(whisper),
+                "--talker-temperature",
+                "0",
                 *more,
             ],
             cwd=REPOSITORY,
@@ -77,7 +80,7 @@ def spoken(
     speak: Callable[..., subprocess.CompletedProcess[str]],
 ) -> Path:
     output = tmp_path_factory.mktemp("spoken") / "out"
-    result = speak(output)
+    result = speak(output, "--speech-engine", "reference")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert "Practice output of a stand-in model, no result" in result.stdout
     return output
@@ -118,27 +121,77 @@ def test_the_page_plays_question_and_answer(spoken: Path) -> None:
     assert "WER %" in page and "Response as spoken" in page
 
 
-def test_a_row_spoken_after_a_kill_says_the_same(
+@pytest.fixture(scope="module")
+def batched(
+    tmp_path_factory: pytest.TempPathFactory,
     spoken: Path,
     speak: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-) -> None:
-    output = tmp_path / "out"
+) -> Path:
+    """The same rows by the batched engine, from the same text."""
+    output = tmp_path_factory.mktemp("batched") / "out"
     output.mkdir()
-    (output / "config.yaml").write_bytes((spoken / "config.yaml").read_bytes())
-    first, second = (spoken / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (output / "predictions.jsonl").write_text(first + second[:30])
+    (output / "text.jsonl").write_bytes((spoken / "text.jsonl").read_bytes())
     result = speak(output)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "continuing: 1 of 2" in result.stdout
-    ours, theirs = ([*map(facts, read_predictions(folder))] for folder in (output, spoken))
-    assert ours == theirs
-    name = theirs[1]["speech_audio"]
-    assert (output / name).read_bytes() == (spoken / name).read_bytes()
+    return output
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Lines, codes and sound, byte for byte but for times."""
+    lines = [[*map(facts, read_predictions(folder))] for folder in (ours, theirs)]
+    assert lines[0] == lines[1]
+    for line in lines[0]:
+        assert (ours / line["speech_audio"]).read_bytes() == (
+            theirs / line["speech_audio"]
+        ).read_bytes()
+    for file in (theirs / "codes").iterdir():
+        assert (ours / "codes" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_batched_engine_says_what_generate_says(batched: Path, spoken: Path) -> None:
+    assert_same(batched, spoken)
+
+
+def test_an_evaluation_killed_in_any_stage_ends_the_same(
+    batched: Path, speak: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(batched, output)
+    lines = read_predictions(batched)
+    (output / "predictions.jsonl").write_text("{")  # transcripts: a line cut short
+    sound = output / lines[0]["speech_audio"]
+    sound.rename(sound.with_name(sound.name + ".tmp"))  # sound: a file that was not finished
+    (output / lines[1]["speech_audio"]).unlink()
+    (output / "codes/00001.json").unlink()  # codes: half of the rows
+    result = speak(output)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert_same(output, batched)
+
+
+def test_answers_of_another_engine_are_not_continued(
+    spoken: Path, speak: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    result = speak(spoken)
+    assert result.returncode == 2 and "another evaluation" in result.stderr
 
 
 def facts(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if k not in ("seconds", "question_audio")}
+
+
+def test_windows_in_which_the_recogniser_loops_are_counted(spoken: Path) -> None:
+    speech = json.loads((spoken / "metrics.json").read_text())["speech"]
+    # A recogniser of random weights never stops by itself.
+    assert speech["windows"] == {"n": ROWS, "looped": ROWS}
+    assert speech["wer_without_loops"]["clips"] == 0
+
+
+def test_more_speech_than_positions_is_refused_before_anything_runs(
+    speak: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    result = speak(tmp_path / "out", "--max-speech-seconds", "700")
+    assert result.returncode == 2
+    assert "35000 codec tokens" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_an_unknown_voice_names_the_known_ones(
@@ -147,28 +200,3 @@ def test_an_unknown_voice_names_the_known_ones(
     result = speak(tmp_path / "out", "--speaker", "Nobody")
     assert result.returncode == 2
     assert "no voice 'Nobody'" in result.stderr and "Chelsie" in result.stderr
-
-
-def test_windows_of_the_vocoder_join_to_the_length_of_one_piece() -> None:
-    from soundmind.evaluation.speech import CONTEXT_CODES, WindowedVocoder
-
-    class Echo(torch.nn.Module):  # type: ignore[name-defined,misc]
-        """Four samples per code, each the code's own number."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-            self.longest = 0
-
-        def forward(self, codes: Any, **_: Any) -> Any:
-            self.longest = max(self.longest, codes.shape[1])
-            return codes.repeat_interleave(4).float()
-
-    for total in (1, 99, 100, 101, 150, 151, 200, 777):
-        echo = Echo()
-        codes = torch.arange(total).unsqueeze(0)
-        sound = WindowedVocoder(echo, window=100)(codes)
-        assert torch.equal(sound, codes.repeat_interleave(4).float())
-        assert echo.longest <= 100 + 2 * CONTEXT_CODES
-    with pytest.raises(ValueError, match="no codec token"):
-        WindowedVocoder(Echo())(torch.zeros(1, 0, dtype=torch.long))
