@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
+from importlib.metadata import entry_points
 
 SELECTED = "SOUNDMIND_SELECTED"  # "1" in every process of a SoundMind run
 
@@ -21,6 +22,31 @@ IN_ENGINE = "VLLM_ENABLE_V1_MULTIPROCESSING"  # vLLM's; "0" lets the model into 
 
 
 PLATFORM = "VERL_PLATFORM"  # verl's own variable; "cpu" selects our CPU platform
+
+
+# What pyproject.toml registers; another process finds us by these alone.
+ENTRY_POINTS = {
+    "verl.plugins": "soundmind.plugin.verl_entry:load",
+    "vllm.general_plugins": "soundmind.plugin.vllm_entry:register",
+    "torch.backends": "soundmind.plugin.torch_entry:load_backend",
+}
+
+
+def stale_installation() -> str | None:
+    """What is wrong with the installed entry points, and the mend; None where they are this code's.
+
+    An older version that stays installed beside this one (another checkout on PYTHONPATH, say) would
+    send verl's and vLLM's processes to modules that are not there, and both only log that.
+    """
+    for group, wanted in ENTRY_POINTS.items():
+        found = [point.value for point in entry_points(group=group, name="soundmind")]
+        if wanted not in found:
+            what = f"is {found[0]}, of another version" if found else "is missing"
+            return (
+                f"the installed soundmind's entry point {group} {what}; this code's is {wanted}. "
+                "Install this code: bash scripts/setup.sh, or pip install --no-deps -e ."
+            )
+    return None
 
 
 def is_selected() -> bool:

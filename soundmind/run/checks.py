@@ -30,6 +30,7 @@ from soundmind.planning.rules import (
     tensor_parallel,
 )
 from soundmind.planning.sizes import PUBLISHED, SizeError
+from soundmind.plugin import environment
 from soundmind.run import lora_checks, supported
 from soundmind.run.lora_checks import lora_targets
 
@@ -76,6 +77,8 @@ def find_problems(config: DictConfig) -> Iterator[str]:
 
 def installed_versions(config: DictConfig) -> Iterator[str]:
     """The plugin relies on internals of one verl release, each pinned by a test."""
+    if stale := environment.stale_installation():
+        yield stale
     try:
         found = importlib.metadata.version("verl")
     except importlib.metadata.PackageNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from soundmind.system.files import REPOSITORY
 
 CONFIG_DIR = REPOSITORY / "configs"
+if not CONFIG_DIR.is_dir():  # installed as a wheel, which brings its own
+    CONFIG_DIR = Path(sys.prefix) / "share/soundmind/configs"
 
 
 class ConfigError(ValueError):

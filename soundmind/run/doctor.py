@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from soundmind.plugin import environment
 from soundmind.system import machine as system_machine
 from soundmind.system.files import REPOSITORY
 
@@ -80,12 +81,8 @@ def _installed(name: str) -> bool:
 
 def check_plugins() -> Iterator[Finding]:
     """Are our entry points registered, and does verl's plugin load in a SoundMind run?"""
-    for group in ("verl.plugins", "vllm.general_plugins", "torch.backends"):
-        names = [point.name for point in importlib.metadata.entry_points(group=group)]
-        mend = "" if "soundmind" in names else f"rm -rf .venv && {SETUP}"
-        yield Finding(
-            f"entry point {group}", "registered" if not mend else "missing", mend, "train"
-        )
+    stale = environment.stale_installation()
+    yield Finding("entry points", stale or "registered", SETUP if stale else "", "train")
     if importlib.util.find_spec("verl") is None:
         return
     import subprocess

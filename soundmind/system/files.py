@@ -18,9 +18,9 @@ from typing import IO, Any
 
 from soundmind.system.errors import UserError
 
-REPOSITORY = (
-    Path(__file__).resolve().parents[2]
-)  # the project's folder, where it runs from a checkout
+PACKAGE = Path(__file__).resolve().parents[1]
+# The project's folder: the checkout, or where the command runs if a wheel was installed.
+REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
 
 
 class BusyError(UserError):
