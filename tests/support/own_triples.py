@@ -23,7 +23,7 @@ def own_triples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for i in range(count):
         kind, other, name, third = words[4 * i : 4 * i + 4]
-        place = generator.choice(_PLACES)
+        place = _PLACES[i % len(_PLACES)]  # so that the first rows do not depend on `count`
         rows.append(
             {
                 "major": f"Every {kind} that lives near the {place} is a {other}",
