@@ -130,12 +130,7 @@ class Command:
         return f"command {self.template}"
 
     def check(self, voices: Sequence[str]) -> None:
-        try:
-            words = shlex.split(self.template)
-        except ValueError as error:
-            raise UserError(f"{self.template!r} is no command line: {error}") from error
-        if not words or "{output}" not in self.template:
-            raise UserError(f"{self.template!r}: the command must write a sound file to {{output}}")
+        split_command(self.template, "output", "--speech-command")
 
     def sound(self, utterance: Utterance) -> tuple[npt.NDArray[Any], int]:
         with tempfile.TemporaryDirectory(prefix="speech-") as folder:
