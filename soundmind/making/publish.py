@@ -35,6 +35,8 @@ def write_set(
     """Write all splits; a row has key, split, user_content, answer, label, question_clip and, if
     answers are spoken, answer_clip: paths below `clips`."""
     for split in splits:
+        for scratch in output.glob(f".{split}.*"):  # of a run that was killed
+            shutil.rmtree(scratch, ignore_errors=True)
         mine = [row for row in rows if row["split"] == split]
         if not mine:  # of an earlier run with other splits
             shutil.rmtree(output / split, ignore_errors=True)

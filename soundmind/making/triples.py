@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from soundmind.making.near import are_alike, find_alike, pairs_of, plain
@@ -260,6 +261,13 @@ def other_language(parts: Sequence[str], language: str) -> str | None:
     """The language that the whole, or a single part, is clearly in instead; None if in none."""
     from py3langid import rank
 
+    try:
+        rank("")  # unpacks its model when first asked
+    except OSError as error:
+        raise UserError(
+            f"the model that tells languages apart cannot be unpacked ({error}); make room in "
+            f"{gettempdir()}, or name another folder with TMPDIR"
+        ) from error
     for text, margin in ((" ".join(parts), _MARGIN), *((part, _MARGIN + 1) for part in parts)):
         scores = dict(rank(text))
         best = str(max(scores, key=scores.__getitem__))

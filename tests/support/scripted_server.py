@@ -2,8 +2,7 @@
 
 In a test, `with ScriptedServer(reply) as server:` and `server.url`; as a process of its own,
 `python tests/support/scripted_server.py PORT_FILE [SECONDS]` is a teacher that reasons about
-whatever it is asked and takes SECONDS for it. A request whose Idempotency-Key was seen is answered
-again without being counted as paid.
+whatever it is asked and takes SECONDS for it.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ def completion(message: str | dict[str, Any], body: dict[str, Any], **keys: Any)
 
 
 class ScriptedServer:
-    """Counts what it answered; `paid` by Idempotency-Key."""
+    """Keeps what it was asked, and counts what it answered by Idempotency-Key."""
 
     def __init__(self, reply: Reply, seconds: float = 0.0) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.paid: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
         self.starts: list[float] = []
         self.most_at_once = self._now = 0
         self._stop, self._lock = threading.Event(), threading.Lock()
@@ -55,10 +54,6 @@ class ScriptedServer:
 
             def do_POST(self) -> None:
                 outer._answer(self, reply, seconds)
-
-            def do_GET(self) -> None:
-                payload = json.dumps({"paid": outer.paid, "asked": len(outer.bodies)}).encode()
-                self._send(200, payload)
 
             def _send(self, status: int, payload: bytes, **headers: str) -> None:
                 self.send_response(status)
@@ -107,8 +102,7 @@ class ScriptedServer:
                 return
             data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
             with self._lock:
-                if status == 200:
-                    self.paid[key] = 1 if key in self.paid else self.paid[key] + 1
+                self.answered[key] += status == 200
             handler._send(status, data)
         finally:
             with self._lock:
