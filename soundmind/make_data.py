@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soundmind import preprocess
-from soundmind.making.check import Listener, ListeningCommand
+from soundmind.making.check import Listener, ListeningCommand, ListeningModel
 from soundmind.making.reasoning import Settings
 from soundmind.making.speech import Command, Engine, Espeak, Server
 from soundmind.making.stages import STAGE_NAMES, Making, opened, run_stage
@@ -146,6 +146,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("check").add_argument
+    add("--recogniser", help="Whisper folder or Hub id that hears every clip")
     add("--recogniser-command", help="a command that prints what is said in {audio}")
     add("--max-wer", type=float, default=0.2, help="word error rate of a clip (default: 0.2)")
     add(
@@ -182,6 +183,8 @@ def _resolve(arguments: argparse.Namespace) -> Making:
         raise UserError("--teacher-url and --teacher-model belong together")
     if arguments.speech_url and arguments.speech_command:
         raise UserError("--speech-url and --speech-command exclude each other")
+    if arguments.recogniser and arguments.recogniser_command:
+        raise UserError("--recogniser and --recogniser-command exclude each other")
     if not arguments.voices and (arguments.speech_url or arguments.speech_command):
         raise UserError("name the engine's voices with --voices")
     shares = dict(_share(text) for text in arguments.split)
@@ -210,6 +213,8 @@ def _resolve(arguments: argparse.Namespace) -> Making:
         listener = ListeningCommand(
             arguments.recogniser_command, arguments.workers, arguments.timeout
         )
+    elif arguments.recogniser and "check" in arguments.stages:
+        listener = ListeningModel(arguments.recogniser)
     teacher = None
     if arguments.teacher_url:
         teacher = client(arguments.teacher_url, arguments.teacher_model, arguments.teacher_key_env)

@@ -112,10 +112,10 @@ def _start_worker(options: RowOptions, parent: int) -> None:
     global _worker_counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     _worker_counter = _make_counter(options)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=die_with, args=(parent,), daemon=True).start()
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """End this worker when the process that started it was killed and cannot say so."""
     while os.getppid() == parent:
         time.sleep(0.5)

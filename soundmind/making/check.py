@@ -52,6 +52,26 @@ class ListeningCommand:
             return run_command(filled, Path(nothing.name), self.timeout)
 
 
+class ListeningModel:
+    """A recogniser of soundmind.speech: a Whisper folder or Hub id, or the stand-in's."""
+
+    at_once = 1
+
+    def __init__(self, name: str) -> None:
+        from soundmind.speech.recogniser import open_recogniser
+
+        self._recogniser = open_recogniser(name)
+
+    def describe(self) -> str:
+        description = self._recogniser.describe()
+        return f"{description['name']} {description['digest']}"
+
+    def hear(self, clip: Path) -> str:
+        from soundmind.data.audio import load_waveform
+
+        return str(self._recogniser.transcribe([load_waveform(clip)])[0].text)
+
+
 def error_rate(wanted: str, heard: str, wording: Wording) -> float:
     """Word errors over words that were to be said."""
     import jiwer
@@ -66,7 +86,7 @@ def hear_all(
     wording: Wording,
     folder: Path,
     journal: Journal,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[], object] = lambda: None,
     patience: int = 20,
 ) -> dict[str, float]:
     """Word error rate by utterance; a clip that the recogniser fails on counts as all wrong."""
@@ -97,9 +117,8 @@ def hear_all(
                 if entry["fault"] is None:  # a failure is tried again by the next run
                     journal.append(keys[utterance.key], flush=False, **entry)
                 on_done()
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
     rates = {}
     for utterance in utterances:
         entry = journal.entries.get(keys[utterance.key], {"heard": ""})

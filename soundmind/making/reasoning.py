@@ -122,7 +122,7 @@ async def ask_rows(
     client: Client,
     wording: Wording,
     settings: Settings,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[], object] = lambda: None,
 ) -> Reasoned:
     """Ask for all rows ({key, where, user_content, label}); raises what the client raises."""
     result = Reasoned()

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,6 +36,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from soundmind.data.workers import die_with
 from soundmind.standin.espeak import SpeechError, speak
 from soundmind.system.chat import Client, run_all
 from soundmind.system.errors import UserError
@@ -331,16 +333,9 @@ def _make(engine: Engine, utterance: Utterance, folder: Path) -> dict[str, Any]:
     return finish(utterance, folder, lambda: engine.sound(utterance))
 
 
-def end_with(parent: int) -> None:
-    """Start of a worker: it ends when the process that started it was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
+def _start_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=die_with, args=(parent,), daemon=True).start()
 
 
 def is_made(entry: dict[str, Any] | None, utterance: Utterance, folder: Path) -> bool:
@@ -357,7 +352,7 @@ def make_all(
     folder: Path,
     journal: Journal,
     workers: int,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[], object] = lambda: None,
     patience: int = 50,
 ) -> None:
     """Make what is not made yet; every clip is in `journal.entries` then. UserError, OSError.
@@ -391,7 +386,7 @@ def _spread(
     pool: Executor
     if isinstance(engine, Espeak):
         pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
+            workers, get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
         )
     else:
         pool = ThreadPoolExecutor(workers)
@@ -402,9 +397,13 @@ def _spread(
         try:
             for future in as_completed(list(left)):
                 yield left.pop(future), future.result()
-        except BaseException:
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, probably for want of memory; the same command goes on "
+                "where this one stopped, with --workers 1 on a small machine"
+            ) from None
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 async def _ask_all(

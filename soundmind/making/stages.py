@@ -17,13 +17,13 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from soundmind.data.workers import rows_bar
 from soundmind.making import publish, reasoning, triples
 from soundmind.making.check import Listener, hear_all
 from soundmind.making.reasoning import Settings as TeacherSettings
@@ -216,9 +216,9 @@ def _reasoning(making: Making, rows: Rows) -> Made:
 
         async def ask() -> reasoning.Reasoned:
             async with client:
-                with progress("reasoning", len(rows)) as advance:
+                with rows_bar(len(rows), "reasoning") as bar:
                     return await reasoning.ask_rows(
-                        rows, client, making.wording, making.asking, advance
+                        rows, client, making.wording, making.asking, bar.update
                     )
 
         try:
@@ -282,14 +282,14 @@ def _speech(making: Making, rows: Rows) -> Made:
         (row["key"], part): _utterance(row, part, making) for row in rows for part in _parts(making)
     }
     with Journal(making.work / "clips.jsonl") as journal:
-        with progress("speech", len(wanted)) as advance:
+        with rows_bar(len(wanted), "speech") as bar:
             make_all(
                 list(wanted.values()),
                 making.engine,
                 making.work / "clips",
                 journal,
                 making.workers,
-                advance,
+                bar.update,
             )
         made, dropped = [], []
         for row in rows:
@@ -335,9 +335,9 @@ def _check(making: Making, rows: Rows) -> Made:
             said_again += len(wanted) if attempt else 0
             make_all(list(wanted.values()), making.engine, clips, journal, making.workers)
             usable = {k: u for k, u in wanted.items() if not journal.entries[u.key]["fault"]}
-            with progress("check", len(usable)) as advance:
+            with rows_bar(len(usable), "check") as bar:
                 rates = hear_all(
-                    list(usable.values()), making.listener, making.wording, clips, heard, advance
+                    list(usable.values()), making.listener, making.wording, clips, heard, bar.update
                 )
             for place, utterance in usable.items():
                 found = (rates[utterance.key], attempt)
@@ -407,14 +407,3 @@ _RUN: dict[str, Callable[[Making, Rows], Made]] = {
     "check": _check,
     "publish": _balanced,
 }
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal; yields what advances it by one."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)

@@ -65,8 +65,10 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             flush_to_disk(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)  # a full disk does not say which file it was
         raise
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from soundmind.making.check import ListeningCommand, error_rate, hear_all
+from soundmind.making.check import ListeningCommand, ListeningModel, error_rate, hear_all
 from soundmind.making.speech import ClipFault, Utterance
 from soundmind.making.words import Wording
 from soundmind.system.errors import UserError
@@ -69,6 +69,26 @@ def test_a_recogniser_that_always_fails_is_given_up(tmp_path: Path) -> None:
         pytest.raises(UserError, match=r"in a row.*deaf"),
     ):
         hear_all(utterances, Ears({}), WORDING, tmp_path, journal)
+
+
+def test_a_recogniser_of_the_speech_room_hears_the_clip_at_16_khz(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recogniser = pytest.importorskip("soundmind.speech.recogniser")
+
+    class Counting:
+        def describe(self) -> dict[str, str]:
+            return {"name": "counting", "digest": "0"}
+
+        def transcribe(self, waveforms: list[np.ndarray]) -> list[object]:
+            return [recogniser.Transcript(f"{wave.size} samples", 1) for wave in waveforms]
+
+    monkeypatch.setattr(recogniser, "open_recogniser", lambda name: Counting())
+    clip = tmp_path / "clip.wav"
+    soundfile.write(clip, 0.1 * np.sin(np.arange(48_000) * 0.1), 24_000)
+    listener = ListeningModel("any")
+    assert listener.describe() == "counting 0"
+    assert listener.hear(clip) == "32000 samples"
 
 
 def test_a_command_hears_a_clip(tmp_path: Path) -> None:
