@@ -82,7 +82,7 @@ def swapped(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    from soundmind.standin.practice import swapped_partners
+    from soundmind.standin.controls import swapped_partners
 
     source = REPOSITORY / "data/practice/parquet/audio/test.parquet"
     table = parquet.read_table(source)

@@ -21,7 +21,7 @@ Measured after each stage, on all test clips (half of them in voices never train
     format      share that is well formed (soundmind.task.labels.split_response)
     words       mean words inside the think tags
     heard       share whose thinking part names the four nouns of the clip correctly
-    swapped     accuracy when every clip is exchanged by `practice.swapped_partners`; near 50 %
+    swapped     accuracy when every clip is exchanged by `controls.swapped_partners`; near 50 %
                 unless something other than the sound gives the answer. With one constant prompt
                 text these are the same responses, scored against other rows.
 
@@ -45,7 +45,8 @@ import numpy.typing as npt
 
 from soundmind.data.audio import load_waveform, num_audio_tokens
 from soundmind.model.features import extract_at_true_length
-from soundmind.standin.practice import read_manifest, swapped_partners
+from soundmind.standin.controls import swapped_partners
+from soundmind.standin.practice import read_manifest
 from soundmind.standin.syllogism import Syllogism, parse_syllogism
 from soundmind.task.labels import ENTAILED, answer_line, split_response, verdict_of
 from soundmind.task.prompts import build_messages

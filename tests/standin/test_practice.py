@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from soundmind import practice as soundmind_practice
-from soundmind.standin import practice, syllogism
+from soundmind.standin import controls, practice, syllogism
 from soundmind.standin.syllogism import Syllogism
 from soundmind.task.labels import parse_verdict, verdict_of
 
@@ -103,9 +103,9 @@ def test_a_row_depends_on_seed_split_and_index_only() -> None:
 
 def test_length_control_finds_a_shortcut_when_there_is_one() -> None:
     seconds, labels = [1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1]
-    found = practice.length_control((seconds, labels), (seconds, labels))
+    found = controls.length_control((seconds, labels), (seconds, labels))
     assert found == {"threshold_seconds": 2.0, "fitted": 1.0, "scored": 1.0}
-    shorter = practice.length_control((seconds, labels[::-1]), (seconds, labels[::-1]))
+    shorter = controls.length_control((seconds, labels[::-1]), (seconds, labels[::-1]))
     assert shorter["scored"] == 1.0
 
 
@@ -118,13 +118,13 @@ def test_length_control_is_the_best_threshold_of_all() -> None:
         for threshold in [0.0, *seconds]
         for hits in [sum((s > threshold) == bool(y) for s, y in zip(seconds, labels, strict=True))]
     )
-    found = practice.length_control((seconds, labels), (seconds, labels))
+    found = controls.length_control((seconds, labels), (seconds, labels))
     assert found["fitted"] == found["scored"] == pytest.approx(brute / 60, abs=1e-4)
 
 
 def test_swapped_clips_leave_half_to_a_listener_and_none_in_place() -> None:
     labels = [practice.make_row(0, "test", index).syllogism.label for index in range(800)]
-    partners = practice.swapped_partners(labels)
+    partners = controls.swapped_partners(labels)
     assert sorted(partners) == list(range(800))
     assert all(partner != row for row, partner in enumerate(partners))
     same = [labels[partner] == label for partner, label in zip(partners, labels, strict=True)]
@@ -138,7 +138,7 @@ def test_swapped_clips_leave_half_to_a_listener_and_none_in_place() -> None:
 
 def test_a_row_that_cannot_be_swapped_is_an_error() -> None:
     with pytest.raises(ValueError, match="label 1 leaves one row"):
-        practice.swapped_partners([0, 0, 0, 1])
+        controls.swapped_partners([0, 0, 0, 1])
 
 
 # --- the built set --------------------------------------------------------------------------------
