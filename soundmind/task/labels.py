@@ -9,25 +9,29 @@ A response thinks in one `<think>...</think>` block and closes with its verdict 
 text. `split_response` adds the facts that the reward's format rule is made of. Training,
 evaluation, practice data and tests all read responses through these two functions.
 
-    >>> parse_verdict("Therefore **Answer:** Not entailed.")
+    >>> parse_verdict("Nothing forces it.\\n**Answer:** Not entailed.")
     'not-entailed'
-    >>> parse_verdict("Answer: entailed or not entailed") is None
+    >>> parse_verdict("I cannot conclude Answer: entailed") is None
     True
 
 Rules of the verdict parser [ours; the paper states no parser, sec. 4 and 5.1 only name the marker]:
 
 1.  Only text outside the thinking part is read. It begins after the last `</think>`; it is the
     whole text where no tag occurs, and nothing at all where a `<think>` is left open.
-2.  The final line with `Answer:` decides. Everything from the first `Answer:` of that line to its
-    end must be the verdict and nothing else: any case, wrapped in quotes, brackets or markdown
-    emphasis, followed by punctuation. A phrase counts as a whole, so "not entailed" can never be
-    taken for the "entailed" inside it, and "entailed or not entailed", "entailed, I guess" or
-    "entailed?" are no verdict.
-3.  Closing lines that each say `Answer:` and contradict one another are no verdict. An earlier
-    verdict that other words follow was taken back: the last one holds.
+2.  The final line with `Answer:` decides. It must be the marker and the verdict and nothing else:
+    any case, wrapped in quotes, brackets or markdown emphasis, followed by punctuation. No word
+    stands before the marker, and the phrase after it counts as a whole, so "not entailed" can never
+    be taken for the "entailed" inside it, and "I cannot conclude Answer: entailed", "entailed or
+    not entailed", "entailed, I guess" or "entailed?" are no verdict.
+3.  Closing lines that contradict one another are no verdict, nor is one that the next words take
+    back ("or not", "Wait, no."). Of verdicts with other words between them the last one holds.
 4.  Answer lines further than 65,536 characters from the end are too early to be final.
-5.  Letters are compared as they are. A Cyrillic letter, a zero-width space or a right-to-left mark
-    inside the phrase makes it a different phrase.
+5.  Letters of the verdict are compared as they are. A Cyrillic letter, a zero-width space or a
+    right-to-left mark inside the phrase makes it a different phrase. Where statements are counted
+    or compared with the closing one (rule 3, "stated once"), any dress counts: `Answers:`,
+    `Answer - entailed`, full-width and look-alike letters.
+
+What a fair reader would accept beside this is soundmind.task.lenient.
 
 Nothing is read or written; standard library only; time is linear in the length of the text.
 """
@@ -35,52 +39,54 @@ Nothing is read or written; standard library only; time is linear in the length 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 ENTAILED = "entailed"
-
-
 NOT_ENTAILED = "not-entailed"
-
-
 VERDICTS = (NOT_ENTAILED, ENTAILED)  # the index is the `label` of the annotations [release]
-
 
 # Both sides of a verdict may carry quotes, brackets or markdown emphasis. Punctuation only follows
 # it: a leading "!" or "~" is negation in many notations, a trailing "?" is a hedge.
 _EMPHASIS = "*_`"
-
-
 _OPENING = _EMPHASIS + "\"'\u201c\u2018\u00ab([ \t\r"
-
-
 _CLOSING = _EMPHASIS + "\"'\u201d\u2019\u00bb)] \t\r.,;:!\u2026"
+_LINE_START = _OPENING + "-#>"  # what markdown puts before the words of a line
 
+# What a reader cannot tell from a Latin letter, a hyphen, a colon or a quote.
+_LOOK_ALIKES = {
+    "A": "\u0410\u0391", "E": "\u0415\u0395", "I": "\u0406\u0399\u04c0", "N": "\u039d",
+    "O": "\u041e\u039f", "S": "\u0405", "T": "\u0422\u03a4", "W": "\u051c", "a": "\u0430\u0251\u03b1",
+    "d": "\u0501", "e": "\u0435\u0454", "i": "\u0456\u0131\u03b9", "l": "\u04cf", "n": "\u0578",
+    "o": "\u043e\u03bf", "r": "\u0433", "s": "\u0455", "t": "\u0442\u03c4", "w": "\u051d\u0461",
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2043\u2192\u21d2", ":": "\ua789\u2236",
+    "'": "\u2018\u2019", '"': "\u201c\u201d",
+}  # fmt: skip
+_SEEN_AS = {ord(other): letter for letter, others in _LOOK_ALIKES.items() for other in others}
 
 _TAG = re.compile(r"</?think>", re.IGNORECASE)
-
-
 # Bounded repetition keeps the search linear on "answer*********..."; the text is lower-cased first
 # because IGNORECASE would also match look-alikes such as the long s in "an\u017fwer".
 _MARKER = re.compile(r"answer[*_`\"' \t]{0,8}:")
-
-
+# What takes a verdict back: at the beginning of any later line, and of the very next words.
+REVOKED = re.compile(
+    r"\W*(?:(?:oh|hmm+|um|but|and|no)\W+)*(?:wait|actually|correction|scratch|sorry|oops|hold on"
+    r"|never ?mind|disregard|ignore|on second thought|on reflection|i (?:was|am) (?:wrong|mistaken)"
+    r"|i take|i changed|just kidding"
+    r"|(?:this|that|which)(?: is|'s|) (?:wrong|false|not|incorrect|untrue))\b"
+)
+TAKEN_BACK = re.compile(
+    REVOKED.pattern
+    + r"|\W*(?:no\b(?=\W*(?:$|[,.!;:\-]|wait))|not|nope|or|wrong|false|incorrect|untrue|psych)\b"
+)
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
-
-
 _SPOKEN_WORD = re.compile(r"[^\W_]+")
-
-
 _CLOSING_WINDOW = 65_536  # characters at the end in which answer lines are read one by one
-
-
 _LONGEST_PHRASE = 1000  # characters; a megabyte after `Answer:` is not worth splitting
-
-
 _SPOKEN_TAIL = 400  # characters of a transcript in which its last words are looked for
 
 
@@ -186,12 +192,13 @@ def split_response(text: str, labels: LabelSet = ENTAILMENT) -> Response:
     *   `<think>` and `</think>` occur exactly once each, in this spelling and order;
     *   nothing but whitespace precedes `<think>`;
     *   at least one letter or digit stands between them;
-    *   after them `Answer:` occurs exactly once, on a line of its own or at the end of a sentence;
-    *   its verdict ends the response: only whitespace, quotes, emphasis or punctuation follow.
+    *   after them the answer is stated exactly once, by a closing line that is `Answer:` and the
+        verdict: nothing before it but emphasis, nothing after it but quotes, emphasis, punctuation
+        or whitespace.
 
     The paper asks for "Answer:" within the last five characters, which cannot hold, as the marker
     alone has seven; read as the last five words it fits every published annotation. [paper] sec. 4
-    The single-block, nothing-before and stated-once clauses are [ours].
+    The single-block, nothing-before, stated-once and line-of-its-own clauses are [ours].
     """
     found = _TAG.finditer(text)
     tags = list(itertools.islice(found, 3))  # three already break the format
@@ -232,33 +239,30 @@ def parse_spoken_verdict(transcript: str, labels: LabelSet = ENTAILMENT) -> str 
     return None
 
 
-class _AnswerLine(NamedTuple):
-    """A line with `Answer:`; offsets into the lower-cased text it was found in."""
+def fold(text: str) -> str:
+    """`text` as a reader sees it: one form of every letter, dash, colon and quote, nothing unseen.
 
-    start: int
-    marker: int  # where its first `answer:` begins
-    statement: str  # what follows that marker, to the end of the line
-    end: int
-    num_markers: int
+    Full-width forms and ligatures (NFKC), Cyrillic and Greek letters that look Latin, dashes of any
+    length, zero-width and direction marks. Lengths may change.
+    """
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFKC", text.translate(_SEEN_AS)).translate(_SEEN_AS)
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
 
 
-def _answer_lines(lowered: str) -> Iterator[_AnswerLine]:
-    """Yield the lines that hold an `answer:` marker, last line first."""
-    markers = [
-        match
-        for match in _MARKER.finditer(lowered)
-        if match.start() == 0 or not lowered[match.start() - 1].isalnum()
-    ]
-    while markers:
-        last = first = markers.pop()
-        start = lowered.rfind("\n", 0, last.start()) + 1
-        end = lowered.find("\n", last.end())
-        end = len(lowered) if end < 0 else end
-        num_markers = 1
-        while markers and markers[-1].start() >= start:
-            first = markers.pop()
-            num_markers += 1
-        yield _AnswerLine(start, first.start(), lowered[first.end() : end], end, num_markers)
+@functools.lru_cache(maxsize=16)
+def _statement(labels: LabelSet) -> re.Pattern[str]:
+    """Finds the marker of an answer in any dress, in folded lower case: `answers:`, `answer - yes`.
+
+    A dash alone is no marker ("the answer - as we saw - follows"); with a label after it, it is.
+    """
+    phrases = "|".join(re.escape(phrase).replace("\\ ", r"\s+") for phrase in labels.spellings)
+    gap = r"(?:[^\w\n]|_)"
+    return re.compile(
+        rf"(?<![^\W_])answers?(?![^\W_]){gap}{{0,10}}?"
+        rf"(?::|[-=>](?={gap}{{0,10}}(?:{phrases})(?![^\W_])))"
+    )
 
 
 def _final_verdict(after: str, labels: LabelSet) -> tuple[str | None, bool]:
@@ -267,24 +271,32 @@ def _final_verdict(after: str, labels: LabelSet) -> tuple[str | None, bool]:
     Works on the lower-cased text throughout, as lower-casing may change lengths.
     """
     whole = after.lower()
-    lowered = whole[-_CLOSING_WINDOW:]
-    lines = _answer_lines(lowered)
-    final = next(lines, None)
-    if final is None:
+    lines = [line for line in whole[-_CLOSING_WINDOW:].split("\n") if line.strip(_CLOSING)]
+    place = next((i for i in reversed(range(len(lines))) if _marker(lines[i])), None)
+    if place is None or not (marker := _marker(lines[place])):
         return None, False
-    verdict = labels.read(final.statement)
-    tail = lowered[final.end :].strip()
-    if verdict is None or tail.startswith("or "):
+    verdict = labels.read(lines[place][marker.end() :])
+    below = lines[place + 1 :]
+    if lines[place][: marker.start()].strip(_LINE_START) or verdict is None:
+        return None, False
+    if any(map(REVOKED.match, below)) or (below and TAKEN_BACK.match(below[0])):
         return None, False
 
-    stated_once = final.num_markers == 1 and not _MARKER.search(whole[:-_CLOSING_WINDOW])
-    below = final
-    for line in lines:
-        stated_once = False
-        between = lowered[line.end : below.marker].strip(_CLOSING + "\n")
-        if between not in ("", "or") or lowered[line.start : line.marker].strip(_OPENING):
+    for line in map(fold, reversed(lines[:place])):  # closing lines right above, in any dress
+        if line.strip(_CLOSING) == "or":
+            continue
+        above = _statement(labels).search(line)
+        if above is None or line[: above.start()].strip(_LINE_START):
             break  # words follow it, or it is part of a sentence: an earlier thought, not a closing
-        if labels.read(line.statement) not in (None, verdict):
+        if labels.read(line[above.end() :]) not in (None, verdict):
             return None, False
-        below = line
-    return verdict, stated_once and not tail.strip(_CLOSING + "\n")
+    stated = itertools.islice(_statement(labels).finditer(fold(whole)), 2)
+    return verdict, len(list(stated)) == 1 and not below
+
+
+def _marker(line: str) -> re.Match[str] | None:
+    """The first `answer:` of a line that is a word of its own."""
+    found = (
+        m for m in _MARKER.finditer(line) if m.start() == 0 or not line[m.start() - 1].isalnum()
+    )
+    return next(found, None)

@@ -84,7 +84,9 @@ SPELLINGS = {
         "Answer : {}...",
         "Answer:{}",
         "- Answer: {}",
-        "Therefore it is not entailed, or is it entailed? Answer: {}.",
+        "Therefore it is not entailed, or is it entailed?\nAnswer: {}.",
+        "### Answer: {}",
+        "> Answer: {}",
         "Answer: {}\r\n",
         "Answer: {}\n\n\n",
     ],
@@ -134,6 +136,19 @@ def test_both_verdicts_are_read_in_every_dress(line: str, spelling: str) -> None
         "Answer: <answer>entailed</answer>",
         "Answer: ent*ai*led",
         "myanswer: entailed",
+        "I cannot conclude Answer: entailed",
+        "So, Answer: entailed",
+        "Final Answer: entailed",
+        "1. Answer: entailed",
+        "not Answer: entailed",
+        "I cannot conclude\u2028Answer: entailed",
+        "Answer - not entailed\nAnswer: entailed",
+        "Answers: not entailed\nAnswer: entailed",
+        "\u0410nswer: not entailed\nAnswer: entailed",
+        "Answer\uff1a not entailed\nAnswer: entailed",
+        "Answer: entailed\nNo, that is wrong.",
+        "Answer: entailed\nWait.",
+        "Answer: entailed\nEvery wug is a fep.\nActually, none is.",
         "Answer: entailed" + " " * 3000 + "or not entailed",
     ],
 )
@@ -143,7 +158,7 @@ def test_hedges_contradictions_and_look_alikes_are_no_verdict(text: str) -> None
 
 def test_last_verdict_holds_when_the_model_changes_its_mind() -> None:
     assert parse_verdict("Answer: entailed\nWait, no.\nAnswer: not entailed") == NOT_ENTAILED
-    assert parse_verdict("Answer: entailed.\n\nHmm, wait. Answer: not entailed.") == NOT_ENTAILED
+    assert parse_verdict("Answer: entailed.\n\nHmm, wait.\nAnswer: not entailed.") == NOT_ENTAILED
 
 
 def test_a_verdict_within_a_sentence_does_not_contradict_the_closing_line() -> None:
@@ -181,7 +196,9 @@ def test_only_text_after_the_thinking_is_read() -> None:
         "<think>a</think>\nAnswer: entailed",
         "  \n<think>a</think>Answer: entailed\n  ",
         "<think>\nline one\n\nline two\n</think>\n\nThe premises force it.\nAnswer: entailed.",
-        "<think>3</think> So Answer: **entailed**.",
+        "<think>3</think> Answer: **entailed**.",
+        "<think>a</think>\nThe answer follows.\nAnswer: entailed",
+        "<think>a</think>\nThe answer - as we saw - follows.\n- Answer: entailed",
         "<think>\u7532</think>\nAnswer: entailed",
         "<think>Answer: not entailed?</think>\nAnswer: entailed",
         "<think>a</think>\nAnswer: entailed\n```",
@@ -208,6 +225,13 @@ def test_one_block_then_the_verdict_is_well_formed(text: str) -> None:
         "<THINK>a</THINK>\nAnswer: entailed",
         "<think>a</think>\nAnswer: entailed\nAnswer: entailed",
         "<think>a</think>\nAnswer: entailed\nThank you!",
+        "<think>a</think>\nSo Answer: entailed",
+        "<think>a</think>\nI cannot conclude Answer: entailed",
+        "<think>a</think>\nAnswers: entailed\nso\nAnswer: entailed",
+        "<think>a</think>\nAnswer - not entailed, said I.\nAnswer: entailed",
+        "<think>a</think>\nThe answer = entailed, said I.\nAnswer: entailed",
+        "<think>a</think>\n\u0410nswer: entailed, said I.\nAnswer: entailed",
+        "<think>a</think>\nAn\u200bswer\uff1a entailed, said I.\nAnswer: entailed",
         "<think>a</think>\nAnswer: entailed \u2705",
         "<think>a</think>\nentailed",
         "<think>a</think>",

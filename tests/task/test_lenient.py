@@ -1,0 +1,367 @@
+"""What the strict and the lenient reading take from 300 phrasings, in one table."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from soundmind.task.labels import ENTAILED, NOT_ENTAILED, choices, parse_verdict
+from soundmind.task.lenient import read_leniently
+
+YES, NO, NONE = ENTAILED, NOT_ENTAILED, None
+
+# (strict, lenient, response)
+PHRASINGS: list[tuple[str | None, str | None, str]] = [
+    (NONE, YES, "Answer: entailed because every wug is a fep"),
+    (NONE, NO, "Answer: not entailed because no wug is a fep"),
+    (NONE, YES, "Answer: entailed because no wug is a fep"), (NONE, YES, "Answer:\nentailed"),
+    (NONE, NO, "Answer:\n\n**Not entailed**"), (NONE, YES, "\\boxed{entailed}"),
+    (NONE, NO, "\\boxed{\\text{not-entailed}}"),
+    (NONE, NO, "The final answer is $\\boxed{\\text{not entailed}}$."),
+    (NONE, NO, "Answer: not\u2011entailed"), (NONE, NO, "Answer: not_entailed"),
+    (NONE, YES, "Answer\uff1a entailed"), (NONE, YES, "Final answer: entailed"),
+    (NONE, NO, "**Final Answer**\n\nnot-entailed"), (NONE, YES, "The answer is entailed."),
+    (NONE, NO, "The answer is \"not entailed\"."), (NONE, YES, "So the answer is: **entailed**"),
+    (NONE, YES, "Therefore, the conclusion is entailed."),
+    (NONE, NO, "Therefore, the conclusion is not entailed."),
+    (NONE, NO, "Therefore, the conclusion isn't entailed by the premises."),
+    (NONE, NO, "Therefore, the conclusion isn\u2019t entailed by the premises."),
+    (NONE, YES, "The premises entail the conclusion."),
+    (NONE, NO, "The premises do not entail the conclusion."),
+    (NONE, NO, "The premises don't entail it."),
+    (NONE, YES, "The conclusion follows logically from the premises."),
+    (NONE, NO, "The conclusion does not follow from the premises."),
+    (NONE, NO, "It does not necessarily follow."), (NONE, YES, "Entailed"),
+    (NONE, NO, "Not entailed."), (NONE, NO, "not-entailed, since Rex is a dax."),
+    (NONE, YES, "Verdict: entailed"), (NONE, NO, "Verdict: NOT ENTAILED"),
+    (NONE, YES, "<answer>entailed</answer>"), (NONE, NO, "<answer>not-entailed</answer>"),
+    (NONE, YES, "{\"answer\": \"entailed\"}"), (NONE, NO, "{\"answer\": \"not-entailed\"}"),
+    (NONE, YES, "Since no wug is a fep, the conclusion is entailed."),
+    (NONE, NO, "Since Rex is a wug, the conclusion is not entailed."),
+    (NONE, YES, "I conclude that the conclusion is entailed."),
+    (NONE, NO, "We can conclude that it is not entailed."), (NONE, YES, "Answer - entailed"),
+    (NONE, NO, "Answer \u2013 not entailed"), (NONE, YES, "Answers: entailed"),
+    (NONE, YES, "answer = entailed"), (NONE, YES, "Answer is entailed"),
+    (NONE, NO, "The correct answer is not-entailed."),
+    (NONE, NO, "My final answer is not entailed."), (NONE, YES, "Answer: It is entailed."),
+    (NONE, NO, "Answer: The conclusion is not entailed."), (NONE, NO, "Answer: it's not entailed"),
+    (NONE, YES, "\u0410nswer: entailed"), (NONE, YES, "Answer: \u0435ntailed"),
+    (NONE, YES, "Answer: ent\u200bailed"), (NONE, NONE, "I cannot conclude Answer: entailed"),
+    (NONE, NONE, "I cannot say that the answer is entailed."),
+    (NONE, NONE, "It is not the case that the conclusion is entailed."),
+    (NONE, NONE, "It would be wrong to say that the conclusion is entailed."),
+    (NONE, NONE, "Answer: entailed or not entailed"), (NONE, NONE, "Answer: entailed?"),
+    (NONE, NONE, "Answer: maybe entailed"), (NONE, NONE, "Answer: probably entailed"),
+    (NONE, NONE, "The conclusion might be entailed."),
+    (NONE, NONE, "If Rex is a wug, the conclusion is entailed."),
+    (NONE, NONE, "Whether it is entailed is unclear."), (NONE, NONE, "Answer: entailed, I guess"),
+    (NONE, NONE, "Answer: entailed/not-entailed"),
+    (NONE, NONE, "Answer: entailed\nAnswer: not-entailed"),
+    (NONE, NONE, "Answer: neither entailed nor not entailed"),
+    (NONE, NONE, "Answer: not not-entailed"), (NONE, NONE, "Answer: !entailed"),
+    (NONE, NONE, "Answer: \u00acentailed"), (NONE, NONE, "Answer: entailed - NOT!"),
+    (NONE, NONE, "Answer: entailed. Wait, that is wrong."),
+    (NONE, NONE, "Answer: entailed\nNo, that is wrong."),
+    (NONE, NONE, "Some say the conclusion is entailed."),
+    (NONE, NONE, "He claims the conclusion is entailed."),
+    (NONE, NONE, "Anyone who says the conclusion is entailed is mistaken."),
+    (NONE, NONE, "Is the conclusion entailed?"), (NONE, NONE, "Answer: undecided"),
+    (NONE, NONE, "Answer: not"), (NONE, NONE, "Answer:"), (NONE, NONE, ""),
+    (NONE, NONE, "finish with 'Answer: entailed' or 'Answer: not-entailed'"),
+    (NONE, NONE, "It is hard to call this entailed."), (NONE, NONE, "Far from being entailed."),
+    (NONE, NONE, "The conclusion is entailed in neither case."),
+    (NONE, NONE, "The conclusion is hardly entailed."),
+    (NONE, NONE, "The conclusion is anything but entailed."),
+    (NONE, NONE, "None of it is entailed."), (NONE, NONE, "Nothing here is entailed."),
+    (NONE, NO, "Answer: not necessarily entailed"), (NONE, NO, "Answer: isn't entailed"),
+    (NONE, NO, "Answer: non-entailed"), (NONE, NO, "The conclusion cannot be entailed."),
+    (NONE, NO, "The conclusion is not logically entailed by these premises, because Rex may be a dax."),
+    (NONE, YES, "Based on the premises, the conclusion is entailed."),
+    (NONE, NO, "Based on the given premises, the conclusion is not entailed."),
+    (NONE, YES, "No wug is a fep, so the conclusion is entailed."),
+    (NONE, NO, "Every wug is a fep but Rex is none, so the answer is not entailed."),
+    (NONE, YES, "This means the conclusion is logically entailed."),
+    (NONE, YES, "**Answer:** The conclusion is **entailed** by the premises."),
+    (NONE, YES, "### Answer\nEntailed"), (NONE, NO, "Conclusion: not entailed"),
+    (NONE, YES, "Conclusion: entailed"), (NONE, YES, "Label: entailed"),
+    (NONE, NO, "Thus, not entailed."), (NONE, YES, "So it's entailed."),
+    (NONE, NO, "So it's not entailed."), (NONE, YES, "<think>All wugs are feps.\nAnswer: entailed"),
+    (NONE, YES, "<think>All wugs are feps. So the answer is entailed."),
+    (NONE, NONE, "<think>It seems entailed at first"),
+    (NONE, NONE, "<think>Therefore the conclusion is entailed.\nBut wait"),
+    (YES, YES, "<think>a</think>\nAnswer: entailed\nThe premises force it."),
+    (NONE, NO, "Answer: not\nentailed"), (NONE, YES, "I think the conclusion is entailed."),
+    (NONE, YES, "Answer: entailed (because every wug is a fep)"),
+    (NONE, NO, "Answer: not entailed (no wug is a fep)"),
+    (NONE, YES, "Answer: entailed \u2014 the premises force it."),
+    (NONE, YES, "Answer: entailed, as all wugs are feps."), (NONE, YES, "Answer: entailed \u2705"),
+    (NONE, NONE, "\u274c Not entailed"), (NONE, NONE, "\u274c Entailed"),
+    (NONE, NONE, "~~entailed~~"), (NO, NO, "Answer: entailed\nWait, no.\nAnswer: not entailed"),
+    (NONE, YES, "Entailed. The premises force it."),
+    (NONE, NONE, "Entailed. However, Rex may be a dax."),
+    (NONE, NO, "The answer is not \"entailed\"."), (NONE, NONE, "The opposite of not entailed"),
+    (YES, YES, "Answer: \"Entailed\""), (YES, YES, "Answer: 'entailed'."),
+    (NONE, YES, "1. Answer: entailed"), (NONE, NO, "- not entailed"), (NONE, YES, "> entailed"),
+    (YES, YES, "Answer: entailed"), (NO, NO, "Answer: not-entailed"),
+    (NO, NO, "Answer: not entailed."), (YES, YES, "**Answer:** entailed"),
+    (NO, NO, "**Answer: not entailed**"), (YES, YES, "<think>So.</think>\nAnswer: entailed"),
+    (NO, NO, "<think>So.</think>\n**Answer:** Not entailed"),
+    (YES, YES, "<think>Answer: not entailed</think>\nAnswer: entailed"),
+    (YES, YES, "### Answer: entailed"), (NO, NO, "> Answer: not-entailed"),
+    (YES, YES, "\"Answer: entailed\""), (YES, YES, "ANSWER: ENTAILED!"),
+    (NONE, NO, "So, Answer: not-entailed"), (NONE, YES, "So Answer: **entailed**."),
+    (NONE, YES, "Hence, Answer: entailed."), (NONE, NO, "Final Answer: Not-Entailed"),
+    (NONE, YES, "The final answer is: entailed"), (NONE, NO, "The answer: not entailed"),
+    (NONE, YES, "My answer: entailed"), (NONE, NO, "Answer: it is not entailed by the premises."),
+    (NONE, NO, "Answer: not entailed, because the premises never mention Rex."),
+    (NONE, NO, "Answer: not entailed: the premises say nothing about Rex."),
+    (NONE, YES, "Answer: entailed; the two premises leave no gap."),
+    (YES, YES, "Answer: entailed.\n\nExplanation: every wug is a fep, and Rex is a wug."),
+    (NO, NO, "Answer: not-entailed.\n\nExplanation: the premises say nothing about Rex."),
+    (YES, YES, "Answer: entailed\n\nI hope this helps!"),
+    (NONE, YES, "The answer would be \"entailed\"."),
+    (NONE, NO, "The answer should be \"not entailed\"."),
+    (NONE, NO, "The answer must be not-entailed."),
+    (NONE, NO, "Thus, the verdict is not entailed."), (NONE, YES, "Decision: Entailed"),
+    (NONE, NO, "Result \u2192 not entailed"), (NONE, YES, "Output: entailed"),
+    (NONE, YES, "Judgment: entailed."), (NONE, NO, "Judgement: not entailed."),
+    (NONE, YES, "Response: entailed"), (NONE, NO, "Classification: not-entailed"),
+    (NONE, YES, "Prediction: entailed"), (NONE, NO, "My verdict is that it is not entailed."),
+    (NONE, NO, "answer: \"not_entailed\""), (NONE, YES, "answer - \"entailed\""),
+    (NO, NO, "```\nAnswer: not-entailed\n```"),
+    (NONE, YES, "```json\n{\"verdict\": \"entailed\"}\n```"),
+    (NONE, NO, "{\"label\": \"not_entailed\", \"confidence\": 0.9}"),
+    (NONE, YES, "<verdict>entailed</verdict>"), (NONE, YES, "$\\boxed{\\textbf{Entailed}}$"),
+    (NONE, NO, "\\boxed{\\text{Answer: not-entailed}}"),
+    (NONE, NO, "\\text{Answer: } \\boxed{\\text{not entailed}}"),
+    (NONE, YES, "Answer:\n\n    entailed"), (NONE, NO, "Answer:\n- not entailed"),
+    (NONE, NO, "Final answer:\n\n**not-entailed**"), (NONE, YES, "## Final Answer\n\n**Entailed**"),
+    (NONE, NO, "Verdict\n\nNot entailed."), (NONE, YES, "The conclusion: entailed"),
+    (NONE, NO, "The conclusion is **not-entailed**."),
+    (NONE, NO, "The conclusion is \"not entailed\" by these premises."),
+    (NONE, NO, "The conclusion was not entailed."), (NONE, NO, "The statement is not entailed."),
+    (NONE, YES, "The claim is entailed."), (NONE, NO, "This is not entailed."),
+    (NONE, YES, "That is entailed."), (NONE, YES, "It is definitely entailed."),
+    (NONE, YES, "It is therefore entailed."), (NONE, YES, "It must be entailed."),
+    (NONE, NO, "It can't be entailed."), (NONE, NO, "It is non-entailed."),
+    (NONE, NO, "It ain't entailed."), (NONE, NO, "There is no entailment."),
+    (NONE, YES, "There is entailment."),
+    (NONE, NO, "These premises do not entail that Rex is a fep."),
+    (NONE, YES, "The two premises together entail the conclusion."),
+    (NONE, YES, "Both premises together logically entail it."),
+    (NONE, NO, "They fail to entail the conclusion."),
+    (NONE, NO, "The premises cannot entail the conclusion."),
+    (NONE, NO, "The premises didn't entail the conclusion."),
+    (NONE, YES, "The conclusion necessarily follows."),
+    (NONE, NO, "The conclusion doesn't logically follow."),
+    (NONE, NO, "The conclusion cannot follow from these premises."),
+    (NONE, YES, "I would say entailed."), (NONE, YES, "I'd say it's entailed."),
+    (NONE, NO, "I'd go with not entailed."), (NONE, YES, "I choose entailed."),
+    (NONE, YES, "I believe the answer is entailed."),
+    (NONE, YES, "I am confident that the conclusion is entailed."),
+    (NONE, YES, "So we can conclude that the conclusion is entailed."),
+    (NONE, NO, "In conclusion, the conclusion is not entailed."),
+    (NONE, NO, "Overall, not entailed."), (NONE, YES, "Yes, the conclusion is entailed."),
+    (NONE, YES, "Because all wugs are feps, it's entailed."),
+    (NONE, NO, "As the premises never mention Rex, the conclusion is not entailed."),
+    (NONE, NO, "Given that Rex is a dax, it is not entailed."),
+    (NONE, YES, "There is no exception, so the answer is entailed."),
+    (NONE, NO, "Nothing links Rex to wugs, therefore the conclusion is not entailed."),
+    (NONE, YES, "No dax is a wug; therefore, the conclusion is entailed."),
+    (NONE, NO, "<think>So.</think>\nTherefore the conclusion is not entailed."),
+    (NONE, YES, "<think>So.</think> entailed"),
+    (NONE, YES, "<think>So.</think>\nThe answer is entailed, as the second premise shows."),
+    (NONE, NO, "<think>Rex is a dax.\n\nFinal answer: not entailed."),
+    (NONE, NONE, "<think>Rex is a wug.\nAnswer: entailed\nBut is he?"),
+    (NONE, NONE, "<think>Rex is a wug, so it could be entailed."),
+    (NONE, YES, "<think>Rex is a wug.\nAnswer: entailed</think>"),
+    (NONE, NONE, "<think>It is entailed so far.</think>\nDone."),
+    (NONE, NONE, "Answer: entailed and not entailed"),
+    (NONE, NONE, "Answer: entailed, not-entailed"), (NONE, NONE, "Answer: entailed or maybe not"),
+    (NONE, NONE, "Answer: entailed (or not entailed)"),
+    (NONE, NONE, "Answer: entailed, but I am not sure"),
+    (NONE, NONE, "Answer: entailed, unless Rex is a dax"),
+    (NONE, NONE, "Answer: entailed only if Rex is a wug"),
+    (NONE, NONE, "Answer: entailed\nor not entailed"), (NONE, NONE, "Answer: entailed. Or not."),
+    (NONE, NONE, "Answer: entailed. Just kidding."),
+    (NONE, NONE, "Answer: entailed. Hmm, that is false."),
+    (NONE, NONE, "Answer: entailed\nCorrection: it depends."),
+    (NONE, NONE, "Answer: entailed. But I might be wrong."),
+    (NONE, NONE, "Answer: partially entailed"), (NONE, NONE, "Answer: almost entailed"),
+    (NONE, NONE, "Answer: both entailed and not entailed"),
+    (NONE, NONE, "Answer: likely not entailed"), (NONE, NONE, "Answer: possibly not-entailed"),
+    (NONE, NONE, "Answer: seems entailed"), (NONE, NONE, "Answer: hardly entailed"),
+    (NONE, NONE, "Answer: never entailed?"), (NONE, NONE, "Answer: not only entailed"),
+    (NONE, NONE, "Answer: not (not entailed)"),
+    (NONE, NONE, "Answer: it is not true that it is not entailed"),
+    (NONE, NONE, "Answer: it's false that the conclusion is entailed"),
+    (NONE, NONE, "Answer: un-entailed or entailed"), (NONE, NONE, "Answer: cannot be determined"),
+    (NONE, NONE, "Answer: unknown"), (NONE, NONE, "Answer: yes"), (NONE, NONE, "Answer: true"),
+    (NONE, NONE, "The answer is not clear."), (NONE, NONE, "The answer isn't that it is entailed."),
+    (NONE, NONE, "I do not think the conclusion is entailed."),
+    (NONE, NONE, "I doubt the conclusion is entailed."),
+    (NONE, NONE, "I would not say it is entailed."),
+    (NONE, NONE, "We cannot conclude that it is entailed."),
+    (NONE, NONE, "One cannot say the conclusion is entailed."),
+    (NONE, NONE, "No one would call it entailed."),
+    (NONE, NONE, "It is impossible to say the conclusion is entailed."),
+    (NONE, NONE, "It is unlikely that the conclusion is entailed."),
+    (NONE, NONE, "It is far from clear that the conclusion is entailed."),
+    (NONE, NONE, "The premises hardly entail the conclusion."),
+    (NONE, NONE, "The premises may entail the conclusion."),
+    (NONE, NONE, "The premises seem to entail the conclusion."),
+    (NONE, NONE, "Neither premise entails the conclusion."),
+    (NONE, NONE, "No premise entails the conclusion."),
+    (NONE, NONE, "The conclusion is entailed by no premise."),
+    (NONE, NONE, "The conclusion is entailed by neither of them."),
+    (NONE, NONE, "The conclusion is not clearly entailed."),
+    (NONE, NONE, "The conclusion is entailed, or is it?"),
+    (NONE, NONE, "The conclusion, one might think, is entailed."),
+    (NONE, NONE, "The conclusion would be entailed if Rex were a wug."),
+    (NONE, NONE, "Suppose the conclusion is entailed."),
+    (NONE, NONE, "For the conclusion to be entailed, Rex must be a wug."),
+    (NONE, NONE, "To be entailed it would have to be true in every case."),
+    (NONE, NONE, "Entailed means that the premises force the conclusion."),
+    (NONE, NONE, "The options are entailed and not-entailed."),
+    (NONE, NONE, "Please answer 'entailed' or 'not-entailed'."),
+    (NONE, NONE, "I was asked whether it is entailed."),
+    (NONE, NONE, "The teacher said: the conclusion is entailed."),
+    (NONE, NONE, "\"The conclusion is entailed\" is what a hasty reader says."),
+    (NONE, NONE, "Answer: the conclusion is entailed? No."),
+    (NONE, NONE, "The conclusion is entailed. No, it isn't."),
+    (NONE, NONE, "The conclusion is entailed. That is wrong."),
+    (NONE, NONE, "The conclusion is entailed. Actually, no."),
+    (NONE, NONE, "The conclusion is entailed. On second thought, Rex is a dax."),
+    (NONE, NO, "The conclusion is entailed. Wait. Rex is a dax. So it is not entailed."),
+    (YES, YES, "Answer: not entailed\nHmm, wait. Rex is a wug.\nAnswer: entailed"),
+    (NONE, NO, "Is it entailed? Answer: not entailed."),
+    (NONE, NO, "Is the conclusion entailed? No dax is a wug, so it is not entailed."),
+    (NO, NO, "Some would say it is entailed.\nAnswer: not-entailed"),
+    (YES, YES, "The premises are short.\nAnswer: entailed"), (NONE, NONE, "entailed not"),
+    (NONE, NONE, "not"), (NONE, NONE, "Entailed?"), (NONE, NONE, "So... entailed or what"),
+    (NONE, NONE, "elbatnE"), (NONE, YES, "answer entailed"),
+    (NONE, NO, "the answer is not entailed thank you"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strict", "lenient", "text"), PHRASINGS)
+def test_both_readings_of_a_phrasing(strict: str | None, lenient: str | None, text: str) -> None:
+    assert (parse_verdict(text), read_leniently(text)) == (strict, lenient)
+
+
+def test_the_table_holds_200_phrasings_and_no_reading_contradicts_the_other() -> None:
+    assert len({text for _, _, text in PHRASINGS}) == len(PHRASINGS) >= 200
+    assert all(strict in (None, lenient) for strict, lenient, _ in PHRASINGS)
+
+
+DENIALS = (
+    *(
+        "I cannot conclude ",
+        "I can't say ",
+        "It is not true that ",
+        "It is wrong that ",
+        "By no means ",
+    ),
+    *(
+        "Nobody would say ",
+        "There is no way ",
+        "I refuse to say ",
+        "Do not write ",
+        "I doubt that ",
+    ),
+    *("It's unlikely that ", "Rather than ", "Never ", "It fails to be ", "Far from ", "If only "),
+    *(
+        "Suppose ",
+        "Maybe ",
+        "Contrary to ",
+        "I don't think that ",
+        "It isn't the case that ",
+        "not ",
+    ),
+    *(
+        "One might think ",
+        "The claim that ",
+        "Whoever says ",
+        "un",
+        "non ",
+        "\u00ac",
+        "!",
+        "~",
+        "no ",
+    ),
+    *("neither ", "cannot be ", "So I cannot conclude that ", "Therefore it is false that "),
+    *("Since no wug is a fep, I cannot say ", "No wug is a fep, so I can't conclude that "),
+)
+STATEMENTS = (
+    *("{}", "the conclusion is {}", "Answer: {}", "it is {}", "the answer is {}", "Answer:\n{}"),
+)
+ENDINGS = (
+    *("", " is wrong", " would be false", " - not", " or not", "? No.", " in no case", ", not"),
+    *(
+        " by neither premise",
+        " unless Rex is a wug",
+        " if Rex is a wug",
+        ", but no",
+        ", which is false",
+    ),
+)
+WITHDRAWALS = (
+    *(
+        " or not",
+        " - not!",
+        "?",
+        ", I guess",
+        ". That is wrong.",
+        "\nNo, that is false.",
+        "\nWait, no.",
+    ),
+    *(
+        ". Actually, no.",
+        ". Just kidding.",
+        ", but I am not sure",
+        " only if Rex is a wug",
+        "\nor not",
+    ),
+)
+
+
+@pytest.mark.parametrize("verdict", [ENTAILED, "not entailed"])
+def test_no_denial_is_read_as_its_opposite(verdict: str) -> None:
+    for denial, statement, ending in itertools.product(DENIALS, STATEMENTS, ENDINGS):
+        text = denial + statement.format(verdict) + ending
+        readings = {parse_verdict(text), read_leniently(text)}
+        opposite = ENTAILED if verdict == ENTAILED else NOT_ENTAILED
+        assert opposite not in readings, text
+
+
+@pytest.mark.parametrize("verdict", [ENTAILED, "not entailed"])
+def test_a_verdict_that_is_taken_back_is_none(verdict: str) -> None:
+    for statement, ending in itertools.product(STATEMENTS, WITHDRAWALS):
+        text = statement.format(verdict) + ending
+        assert parse_verdict(text) is read_leniently(text) is None, text
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("Answer: B) the dog barks", "B"),
+        ("The answer is (C).", "C"),
+        ("\\boxed{D}", "D"),
+        ("So I choose option B because the dog barks.", "B"),
+        ("Answer: A or B", None),
+        ("The answer is not B.", None),
+        ("The answer is a dog", None),
+        ("Not B", None),
+    ],
+)
+def test_other_label_sets_are_read_where_marked_or_alone(text: str, choice: str | None) -> None:
+    assert read_leniently(text, choices("ABCD")) == choice
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["so, ", "the answer is ", "since a, ", "answer: ", "not ", "<", "a, so ", "answer\n", "- "],
+)
+def test_a_megabyte_of_anything_is_read_at_once(unit: str) -> None:
+    assert read_leniently(unit * (1_000_000 // len(unit))) is None
