@@ -30,16 +30,8 @@ from __future__ import annotations
 import functools
 import re
 
-from soundmind.task.labels import (
-    ENTAILED,
-    ENTAILMENT,
-    NOT_ENTAILED,
-    REVOKED,
-    TAKEN_BACK,
-    LabelSet,
-    fold,
-    split_response,
-)
+from soundmind.task.labels import ENTAILED, ENTAILMENT, NOT_ENTAILED, LabelSet, split_response
+from soundmind.task.reading import REVOKED, TAKEN_BACK, fold
 
 _WINDOW = 16_384  # characters at the end that are read
 _LONGEST_SENTENCE = 1_500
