@@ -9,20 +9,15 @@ refused, since that is a moved folder and not a bad row.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from soundmind.data.clips import embedded_reference
-from soundmind.data.rows import clip_root, with_clip
+from soundmind.data.rows import CLIP_COLUMN, RowsError, read_rows, with_clip
 from soundmind.task.labels import VERDICTS
-from soundmind.task.schema import METADATA_KEY, MODES
+from soundmind.task.schema import MODES
 
 COLUMNS = ("data_source", "prompt", "reward_model", "extra_info", "audio")
 
@@ -62,64 +57,35 @@ def read_examples(path: Path, limit: int | None = None, root: str | None = None)
     `root` replaces the recorded data root. DataError for another layout, mixed modes, or where no
     clip is there.
     """
-    rows, clips = _read(path, root)
+    rows = _read(path, root)
     examples = [
         Example(
             index=index,
             data_source=row["data_source"],
-            messages=with_clip(row["prompt"], clip),
-            clip=clip,
+            messages=with_clip(row["prompt"], row[CLIP_COLUMN]),
+            clip=row[CLIP_COLUMN],
             ground_truth=row["reward_model"]["ground_truth"],
             info=row["extra_info"],
         )
-        for index, (row, clip) in enumerate(zip(rows, clips, strict=True))
+        for index, row in enumerate(rows)
     ][:limit]
     _check(examples, path)
     return examples
 
 
-def _read(path: Path, root: str | None) -> tuple[list[dict[str, Any]], list[str | None]]:
-    """Rows without embedded sound, and the reference to each row's clip."""
+def _read(path: Path, root: str | None) -> list[dict[str, Any]]:
+    """Rows without embedded sound, each with the reference to its clip."""
     try:
-        file = pq.ParquetFile(path)
+        table = read_rows(str(path), root=root, needed=COLUMNS, need_clips=False)
     except FileNotFoundError as error:
         raise DataError(
             f"{path} not found; make it with `python -m soundmind.preprocess --mode audio`"
         ) from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no Parquet file ({error})") from error
-    names = file.schema_arrow.names
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
-        raise DataError(
-            f"{path} has another layout: no column {', '.join(missing)}; it has "
-            f"{', '.join(names)}. Make it with `python -m soundmind.preprocess --mode audio`"
-        )
-    try:
-        columns = [name for name in COLUMNS if name != "audio"]
-        rows = file.read(columns=[*columns, "audio.path"]).to_pylist()
-        _check_layout(rows, path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} has another layout inside its columns ({error!r}). Make it again with "
-            "`python -m soundmind.preprocess`"
-        ) from error
-    metadata = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
-    paths = [(row.pop("audio") or {}).get("path") for row in rows]
-    if not any(paths):
-        return rows, paths
-    if metadata.get("embedded"):
-        where = os.path.abspath(path)
-        return rows, [
-            embedded_reference(where, i) if clip else None for i, clip in enumerate(paths)
-        ]
-    try:
-        folder = clip_root(str(path), metadata, root)
-    except ValueError as error:
-        raise DataError(
-            f"{path} does not say where its clips are; name it: --audio-root"
-        ) from error
-    return rows, [os.path.join(folder, clip) if clip else None for clip in paths]
+    except (RowsError, OSError) as error:
+        raise DataError(str(error)) from error
+    rows: list[dict[str, Any]] = table.to_pylist()
+    _check_layout(rows, path)
+    return rows
 
 
 def _check_layout(rows: Sequence[dict[str, Any]], path: Path) -> None:

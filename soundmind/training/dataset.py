@@ -70,7 +70,7 @@ class AudioRLHFDataset(RLHFDataset):
             read_rows(path, original, root)
             for path, original in zip(self.data_files, self.original_data_files, strict=True)
         ]
-        rows = datasets.Dataset(pa.concat_tables(tables))
+        rows = datasets.Dataset(pa.concat_tables(tables, promote_options="permissive"))
         if 0 < self.max_samples < len(rows):
             chosen: list[int] = list(range(self.max_samples))
             if self.shuffle:
