@@ -31,6 +31,7 @@ from pathlib import Path
 
 from soundmind.data import statistics
 from soundmind.data.sources import Fault, SplitSource, read_candidate, read_lines
+from soundmind.system.machine import cores
 from soundmind.task.schema import SPLITS, Annotation, Split
 
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--limit", type=int, help="only the first N annotations")
     add("--voice", default="en-us", help="espeak-ng voice (default: en-us)")
     add("--speed", type=int, default=165, help="words per minute (default: 165, as published)")
-    add("--workers", type=int, default=os.cpu_count() or 1)
+    add("--workers", type=int, default=cores())
     arguments = parser.parse_args(argv)
     split = arguments.split or arguments.annotations.stem
     if split not in SPLITS:

@@ -28,7 +28,7 @@ from soundmind.making.stages import STAGE_NAMES, Making, opened, run_stage
 from soundmind.making.words import RELEASED, Wording
 from soundmind.system.chat import Budget, Client, Prices
 from soundmind.system.errors import UserError, command
-from soundmind.system.share import usable_cores
+from soundmind.system.machine import cores
 from soundmind.task.schema import MODES, SPLITS
 
 DEFAULT_VOICES = [
@@ -55,7 +55,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--workers",
         type=int,
-        default=usable_cores(),
+        default=cores(),
         help="clips made at once (default: one a core)",
     )
     add("--seed", type=int, default=0, help="of splits, voices, balance and the teacher's sampling")

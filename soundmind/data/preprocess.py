@@ -33,7 +33,7 @@ from soundmind.data.write import (
 )
 from soundmind.system.files import file_sha256, locked
 from soundmind.system.hub import is_hub_id
-from soundmind.system.share import usable_cores
+from soundmind.system.machine import cores
 from soundmind.task.schema import SPLITS, Mode, Split, Task
 
 BASE_MODEL = "Qwen/Qwen2.5-Omni-7B"
@@ -83,7 +83,7 @@ def make_job(
         on_error=on_error,
         embed_audio=embed_audio,
         drop_overlap=drop_overlap,
-        workers=workers or min(8, usable_cores()),
+        workers=workers or min(8, cores()),
         list_all=list_all,
     )
 

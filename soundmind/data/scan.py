@@ -29,13 +29,13 @@ from soundmind.task.schema import ABILITY, DATA_SOURCES, Mode, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
-from soundmind.data.rows import row_schema
+from soundmind.data.columns import row_schema
 
 CHUNK_LINES = 256
 
 
 _SOURCE_FILES = (
-    *("data/audio", "data/containers", "data/rows", "data/scan", "data/sources"),
+    *("data/audio", "data/containers", "data/columns", "data/scan", "data/sources"),
     *("data/token_count", "system/content"),
     *("task/labels", "task/prompts", "task/schema"),
 )

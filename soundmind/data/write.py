@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soundmind.data import statistics
+from soundmind.data.columns import row_schema
 from soundmind.data.job import REPORT_FORMAT, Job, ScannedSplit
-from soundmind.data.rows import row_schema
 from soundmind.data.scan import part_schema, read_part
 from soundmind.data.sources import SourceError, SplitSource, find_split, read_lines
 from soundmind.data.workers import rows_bar

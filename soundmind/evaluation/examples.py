@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soundmind.data.rows import CLIP_COLUMN, RowsError, read_rows, with_clip
+from soundmind.data.reread import RowsError
+from soundmind.data.rows import CLIP_COLUMN, read_rows, with_clip
 from soundmind.task.labels import VERDICTS
 from soundmind.task.schema import MODES
 

@@ -30,6 +30,7 @@ from soundmind.standin.controls import length_control
 from soundmind.standin.espeak import speak
 from soundmind.standin.syllogism import NAMES, NOUNS, Syllogism
 from soundmind.system.files import write_atomically
+from soundmind.system.machine import cores
 
 # To be raised with every change that alters a byte of the set (tests compare data/sample).
 PRACTICE_VERSION = 1
@@ -313,7 +314,7 @@ def _build_split(output: Path, split: str, wanted: dict[str, Any], pool: Any) ->
 @contextmanager
 def _worker_pool(workers: int | None) -> Iterator[Any]:
     """A function like `map` that keeps the order; one worker means this very process."""
-    count = min(8, os.cpu_count() or 1) if workers is None else workers
+    count = min(8, cores()) if workers is None else workers
     if count < 1:
         raise ValueError(f"workers must be at least 1, got {count}")
     if count == 1:

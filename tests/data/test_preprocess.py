@@ -21,7 +21,7 @@ from soundmind.data import preprocess as data_preprocess
 from soundmind.data import sources as data_sources
 from soundmind.data import write as data_write
 from soundmind.data.audio import num_audio_tokens, resampled_length
-from soundmind.data.rows import row_schema
+from soundmind.data.columns import row_schema
 from soundmind.system import files as system_files
 from soundmind.task.prompts import INSTRUCTIONS
 from soundmind.task.schema import METADATA_KEY, MODES

@@ -227,7 +227,7 @@ def test_parquet_moved_alone_names_the_setting(make_github: MakeData, processor:
 def test_embedded_parquet_travels_alone(
     make_github: MakeData, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess, "ROW_GROUP_BYTES", 150_000)
+    monkeypatch.setattr("soundmind.data.write.ROW_GROUP_BYTES", 150_000)
     root = make_github({"train": 6})
     expected = [load_waveform(root / f"train/000{i}/question.wav") for i in range(6)]
     path = prepare(root, "audio", "none", "--embed-audio")
