@@ -2,8 +2,10 @@
 found.
 
     outputs/<config>/<timestamp>/
-        config.yaml       the resolved configuration
-        versions.json     packages, commit, hardware, seed, command line
+        experiment.json   what makes it this experiment: keys, and digests of weights and rows
+        config.yaml       the resolved configuration of the last launch
+        versions.json     packages, commit, hardware, seed, command line of the first launch;
+                          versions-N.json of the launches that continued it
         metrics.jsonl     one line a step: verl's keys and reward/<component>/mean
         rollouts/         every response of every step, with its components
         validation/       every validation answer, by step
@@ -13,24 +15,24 @@ found.
         plots/*.png       curves
         summary.json      what the run came to; written last, so its absence means "unfinished"
 
-`RunFolder.open` continues the newest unfinished run of the same configuration, unless told
-otherwise. A lock that dies with its process keeps two launchers out of one folder.
+`RunFolder.open` continues the newest unfinished run of the same experiment, unless told otherwise;
+`choose_run` says which, for a launch and for a dry run alike. A lock that dies with its process keeps
+two launchers out of one folder.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 from soundmind.model import checkpoints
+from soundmind.run.experiment import differences, stored_experiment
 from soundmind.system.files import write_json
 
 
@@ -44,40 +46,36 @@ class RunFolder:
 
     path: Path
     resumed: bool
+    notes: list[str] = field(default_factory=list)  # runs that are not continued, and why
     _lock: Any = field(repr=False, default=None)
 
     @classmethod
-    def open(cls, root: Path, name: str, fingerprint: str, resume: str = "auto") -> RunFolder:
-        """Continue or start a run of configuration `name`.
+    def open(
+        cls,
+        root: Path,
+        name: str,
+        experiment: dict[str, Any],
+        resume: str = "auto",
+        steps: int | None = None,
+    ) -> RunFolder:
+        """Continue or start a run of configuration `name`; see `choose_run` for the arguments.
 
-        `fingerprint` identifies the experiment; only a run with the same one is continued.
-        `resume` is "auto" (the newest unfinished run, else a new one), "new", or a run folder's
-        path.
+        A finished run that is extended is unfinished again: its summary goes aside.
         """
-        if resume not in ("auto", "new"):
-            path = Path(resume)
-            if not path.is_dir():
-                raise RunFolderError(f"run.resume={resume}: no such run folder")
-            if (found := _stored_fingerprint(path)) != fingerprint:
-                raise RunFolderError(
-                    f"run.resume={resume}: this folder belongs to another configuration "
-                    f"({found} instead of {fingerprint}); compare its config.yaml, or start a "
-                    f"new run "
-                    "with run.resume=new"
-                )
-            lock = _try_lock(path)
-            if lock is None:
-                raise RunFolderError(f"run.resume={resume}: another process is running in it")
-            return cls(path, resumed=True, _lock=lock)
-
-        parent = root / name
-        for path in unfinished(parent, fingerprint) if resume == "auto" else ():
+        chosen = choose_run(root, name, experiment, resume, steps)
+        for path in chosen.paths:
             lock = _try_lock(path)
             if lock is not None:
-                return cls(path, resumed=True, _lock=lock)
-        path = _new_folder(parent)
-        (path / "fingerprint").write_text(fingerprint + "\n")
-        return cls(path, resumed=False, _lock=_try_lock(path))
+                folder = cls(path, resumed=True, notes=chosen.notes, _lock=lock)
+                if (path / "summary.json").exists():
+                    step = folder.last_checkpoint()
+                    os.replace(path / "summary.json", path / f"summary-step-{step}.json")
+                return folder
+        if resume not in ("auto", "new"):
+            raise RunFolderError(f"run.resume={resume}: another process is running in it")
+        path = _new_folder(root / name)
+        write_json(path / "experiment.json", experiment)
+        return cls(path, resumed=False, notes=chosen.notes, _lock=_try_lock(path))
 
     def last_checkpoint(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -118,30 +116,80 @@ class RunFolder:
         return sum(attempt["ended"] - attempt["started"] for attempt in attempts)
 
 
-def unfinished(parent: Path, fingerprint: str) -> list[Path]:
-    """Unfinished runs of the experiment `fingerprint` among the folders of `parent`, newest first."""
-    if not parent.is_dir():
-        return []
-    return [
-        path
-        for path in sorted((p for p in parent.iterdir() if p.is_dir()), reverse=True)
-        if not (path / "summary.json").exists() and _stored_fingerprint(path) == fingerprint
-    ]
+@dataclass(frozen=True)
+class Chosen:
+    """Run folders that a launch may continue, the first free one of them; none: a new one.
+
+    `notes`: one line for a run that somebody might have meant and that is not continued.
+    """
+
+    paths: list[Path]
+    notes: list[str]
 
 
-def config_fingerprint(config: DictConfig) -> str:
-    """A short digest of what makes two runs the same experiment: the configuration without "
-    "`run.resume`."""
-    # Here alone: scripts/gpu_check.sh uses this module where only torch and transformers are.
-    from omegaconf import OmegaConf
+def choose_run(
+    root: Path,
+    name: str,
+    experiment: dict[str, Any],
+    resume: str = "auto",
+    steps: int | None = None,
+) -> Chosen:
+    """Which folder of configuration `name` a launch means. Reads alone, for launch and dry run.
 
-    plain = json.loads(json.dumps(OmegaConf.to_container(config, resolve=True), default=str))
-    for name in ("resume", "dir", "metrics_path", "export"):
-        plain.get("run", {}).pop(name, None)
-    # Which cluster it runs on: the next job's head node has another address.
-    plain.pop("ray_kwargs", None)
-    text = json.dumps(plain, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    `experiment`: see `soundmind.run.experiment`; only a run of the same one is continued. `resume`
+    is "auto" (the newest unfinished run, else a new one), "new", or a run folder's path, which may
+    be finished if `steps`, the last step that is wanted, lies beyond its own. Raises `RunFolderError`
+    where the named folder cannot be continued.
+    """
+    if resume not in ("auto", "new"):
+        path = Path(resume)
+        if not path.is_dir():
+            raise RunFolderError(f"run.resume={resume}: no such run folder")
+        if why := _difference(path, experiment):
+            raise RunFolderError(
+                f"run.resume={resume}: this folder belongs to another configuration: {why}. Give it "
+                "what it had, or start a new run with run.resume=new"
+            )
+        last = checkpoints.newest(path / "checkpoints")
+        if (path / "summary.json").exists() and (last is None or last >= (steps or last + 1)):
+            raise RunFolderError(
+                f"run.resume={resume}: this run is finished"
+                + (" and kept no checkpoint" if last is None else f" at step {last}; to extend it ")
+                + (f"set trainer.total_training_steps above {last}" if last is not None else "")
+            )
+        return Chosen([path], [])
+    parent = root / name
+    folders = (
+        sorted((p for p in parent.iterdir() if p.is_dir()), reverse=True) if parent.is_dir() else []
+    )
+    if resume == "new" or not folders:
+        return Chosen([], [])
+    unfinished = [path for path in folders if not (path / "summary.json").exists()]
+    reasons = {path: _difference(path, experiment) for path in unfinished}
+    same = [path for path in unfinished if reasons[path] == ""]
+    if same:
+        return Chosen(same, [])
+    notes = []
+    other = next((path for path in unfinished if reasons[path]), None)
+    if other is not None:
+        step = checkpoints.newest(other / "checkpoints")
+        notes.append(
+            f"{other} is unfinished ({f'step {step}' if step else 'no checkpoint'}) and is not "
+            f"continued: {reasons[other]}"
+        )
+    for path in folders:
+        last = checkpoints.newest(path / "checkpoints")
+        shorter = path not in unfinished and last and steps and steps > last
+        if shorter and _difference(path, experiment) == "":
+            notes.append(f"{path} is finished at step {last}; run.resume={path} extends it")
+            break
+    return Chosen([], notes)
+
+
+def _difference(path: Path, experiment: dict[str, Any]) -> str | None:
+    """In what the run in `path` is another experiment; empty if in nothing, None if it is no run."""
+    old = stored_experiment(path)
+    return None if old is None else differences(old, experiment)
 
 
 def _new_folder(parent: Path) -> Path:
@@ -155,11 +203,6 @@ def _new_folder(parent: Path) -> Path:
             continue
         return path
     raise RunFolderError(f"{parent}: a hundred runs started in one second")
-
-
-def _stored_fingerprint(path: Path) -> str | None:
-    file = path / "fingerprint"
-    return file.read_text().strip() if file.exists() else None
 
 
 def _try_lock(path: Path) -> Any | None:

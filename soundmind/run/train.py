@@ -20,6 +20,7 @@ from soundmind.model import parts
 from soundmind.plugin import environment as plugin_environment
 from soundmind.run import folder as run_folder
 from soundmind.run.checks import verl_problems
+from soundmind.run.experiment import experiment
 from soundmind.run.folder import RunFolder
 from soundmind.system import files as system_files
 from soundmind.system import machine
@@ -41,8 +42,9 @@ def place_run(config: DictConfig, folder: RunFolder, attempt: int, ray_dir: Path
         config.trainer.validation_data_dir = str(path / "validation")
         config.trainer.experiment_name = f"{folder.path.parent.name}/{folder.path.name}"
         if folder.last_checkpoint() is not None:
-            # The interrupted run has validated its start already.
+            # The interrupted run has validated its start already, and has checkpoints of its own.
             config.trainer.val_before_train = False
+            config.trainer.resume_mode = "auto"
         if not config.ray_kwargs.ray_init.get("address"):
             config.ray_kwargs.ray_init._temp_dir = str(ray_dir)
     (path / "logs").mkdir(exist_ok=True)
@@ -132,15 +134,19 @@ def _listed(files: Any) -> str:
 
 
 def _destination(config: DictConfig, name: str) -> str:
-    """Where `train` would write now, in words."""
-    if config.run.resume not in ("auto", "new"):
-        return f"{config.run.resume} (continued)"
-    parent = Path(config.run.root) / name
-    found = run_folder.unfinished(parent, run_folder.config_fingerprint(config))
-    if found and config.run.resume == "auto":
-        step = RunFolder(found[0], resumed=True).last_checkpoint() or 0
-        return f"{found[0]} (continued from step {step})"
-    return f"{parent}/<timestamp> (new)"
+    """Where `train` would write now, in words, and what it would not continue."""
+    root = Path(config.run.root)
+    chosen = run_folder.choose_run(root, name, experiment(config), *_wanted(config))
+    text = f"{root / name}/<timestamp> (new)"
+    if chosen.paths:
+        step = RunFolder(chosen.paths[0], resumed=True).last_checkpoint() or 0
+        text = f"{chosen.paths[0]} (continued from step {step})"
+    return "\n".join([text, *(f"note: {note}" for note in chosen.notes)])
+
+
+def _wanted(config: DictConfig) -> tuple[str, int | None]:
+    """`run.resume`, and the last step that is wanted where it is named."""
+    return str(config.run.resume), config.trainer.total_training_steps
 
 
 def run_training(config: DictConfig, environment: dict[str, str]) -> None:
@@ -210,8 +216,9 @@ def train(config: DictConfig, name: str) -> Path:
         os.environ, cpu=config.run.device == "cpu", training=True
     )
     require(config)
-    fingerprint = run_folder.config_fingerprint(config)
-    folder = RunFolder.open(Path(config.run.root), name, fingerprint, config.run.resume)
+    folder = RunFolder.open(Path(config.run.root), name, experiment(config), *_wanted(config))
+    for note in folder.notes:
+        print(f"note: {note}", flush=True)
     folder.prune_checkpoints(config.trainer.max_actor_ckpt_to_keep)
     attempt = folder.begin_attempt()
     checkpoint = folder.last_checkpoint()
@@ -225,7 +232,7 @@ def train(config: DictConfig, name: str) -> Path:
         os.environ.update(placed)
         OmegaConf.save(config, folder.path / "config.yaml", resolve=True)
         system_files.write_json(
-            folder.path / "versions.json",
+            folder.path / (f"versions-{attempt}.json" if attempt else "versions.json"),
             {
                 **machine.versions(config.run.seed, REPOSITORY),
                 "parts": [asdict(row) for row in _parts(config)],
