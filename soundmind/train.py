@@ -24,7 +24,8 @@ from pathlib import Path
 
 from soundmind.run import folder as run_folder
 from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config
-from soundmind.run.train import NodeLostError, dry_run, train
+from soundmind.run.dry_run import dry_run
+from soundmind.run.train import NodeLostError, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:

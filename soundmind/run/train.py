@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from soundmind.model import parts
 from soundmind.plugin import environment as plugin_environment
-from soundmind.run import folder as run_folder
 from soundmind.run.checks import verl_problems
 from soundmind.run.experiment import experiment
 from soundmind.run.folder import RunFolder
@@ -92,33 +90,7 @@ def require(config: DictConfig) -> None:
         raise checks.CheckError(problems)
 
 
-def dry_run(config: DictConfig, name: str) -> str:
-    """Everything up to the start of Ray; returns what would be trained and where it would go.
-
-    Raises `checks.CheckError` like `train`. Starts no process and writes no file.
-    """
-    plugin_environment.select(os.environ, cpu=config.run.device == "cpu", training=True)
-    require(config)
-    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    prompts, responses = config.data.train_batch_size, config.data.train_batch_size * rollout.n
-    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    lines = [
-        f"{name}: all checks passed, nothing was started",
-        "",
-        f"algorithm  {config.algorithm.adv_estimator}, {prompts} prompts x {rollout.n} responses = "
-        f"{responses} a step, {config.actor_rollout_ref.actor.ppo_mini_batch_size} prompts an update",
-        f"ranks      {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} = {ranks}",
-        f"train      {_listed(config.data.train_files)}",
-        f"validate   {_listed(config.data.val_files)}",
-        f"model      {model.path}",
-        f"output     {_destination(config, name)}",
-    ]
-    if table := _parts(config):
-        lines += ["", parts.format_table(table)]
-    return "\n".join(lines)
-
-
-def _parts(config: DictConfig) -> list[parts.TableLine]:
+def parts_of(config: DictConfig) -> list[parts.TableLine]:
     """What is trained of the model, part by part; empty where its folder is not on this disk."""
     model = config.actor_rollout_ref.model
     folder = Path(str(model.path)).expanduser()
@@ -129,22 +101,7 @@ def _parts(config: DictConfig) -> list[parts.TableLine]:
     return parts.rows(folder, config.train, model.lora_rank, targets)
 
 
-def _listed(files: Any) -> str:
-    return ", ".join(files) if OmegaConf.is_list(files) else str(files)
-
-
-def _destination(config: DictConfig, name: str) -> str:
-    """Where `train` would write now, in words, and what it would not continue."""
-    root = Path(config.run.root)
-    chosen = run_folder.choose_run(root, name, experiment(config), *_wanted(config))
-    text = f"{root / name}/<timestamp> (new)"
-    if chosen.paths:
-        step = RunFolder(chosen.paths[0], resumed=True).last_checkpoint() or 0
-        text = f"{chosen.paths[0]} (continued from step {step})"
-    return "\n".join([text, *(f"note: {note}" for note in chosen.notes)])
-
-
-def _wanted(config: DictConfig) -> tuple[str, int | None]:
+def wanted(config: DictConfig) -> tuple[str, int | None]:
     """`run.resume`, and the last step that is wanted where it is named."""
     return str(config.run.resume), config.trainer.total_training_steps
 
@@ -216,7 +173,7 @@ def train(config: DictConfig, name: str) -> Path:
         os.environ, cpu=config.run.device == "cpu", training=True
     )
     require(config)
-    folder = RunFolder.open(Path(config.run.root), name, experiment(config), *_wanted(config))
+    folder = RunFolder.open(Path(config.run.root), name, experiment(config), *wanted(config))
     for note in folder.notes:
         print(f"note: {note}", flush=True)
     folder.prune_checkpoints(config.trainer.max_actor_ckpt_to_keep)
@@ -235,7 +192,7 @@ def train(config: DictConfig, name: str) -> Path:
             folder.path / (f"versions-{attempt}.json" if attempt else "versions.json"),
             {
                 **machine.versions(config.run.seed, REPOSITORY),
-                "parts": [asdict(row) for row in _parts(config)],
+                "parts": [asdict(row) for row in parts_of(config)],
             },
         )
         try:

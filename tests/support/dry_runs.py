@@ -19,8 +19,9 @@ from typing import Any
 from omegaconf import ListConfig
 
 from soundmind.plugin import environment
-from soundmind.run import checks, train
+from soundmind.run import checks
 from soundmind.run import config as run_config
+from soundmind.run.dry_run import dry_run
 from soundmind.system import machine
 
 MODALITIES = ("audio", "text", "mixed")
@@ -29,7 +30,7 @@ MODALITIES = ("audio", "text", "mixed")
 def outcome(config: Any, name: str) -> dict[str, Any]:
     """What the dry run printed, or the problems it found."""
     try:
-        return {"text": train.dry_run(config, name), "problems": []}
+        return {"text": dry_run(config, name), "problems": []}
     except checks.CheckError as error:
         return {"text": "", "problems": error.problems}
 
