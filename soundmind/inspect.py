@@ -49,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, IndexError, ClipError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (KeyError, TypeError) as error:
+        print(
+            f"error: {arguments.parquet} has another layout inside its rows ({error!r}). Make it with: "
+            "python -m soundmind.preprocess",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,21 @@ from soundmind.data.clips import load_clip
 from soundmind.data.rows import with_clip
 from soundmind.data.statistics import text_table
 from soundmind.data.token_count import TokenCounter
+from soundmind.system.content import describe_bytes
+from soundmind.system.errors import UserError
+from soundmind.system.files import replacing
 from soundmind.task.schema import DATA_SOURCES
 
 PLACEHOLDER = "<|AUDIO|>"
+# Where checkpoints keep their chat template, in the order in which transformers looks.
+TEMPLATE_FILES = (
+    *("chat_template.jinja", "chat_template.json", "processor_config.json"),
+    "tokenizer_config.json",
+)
+
+
+class InspectError(UserError, ValueError):
+    """A row or a checkpoint that cannot be shown; the message says why."""
 
 
 def default_model(row: dict[str, Any]) -> Path | None:
@@ -45,7 +57,9 @@ def describe_row(row: dict[str, Any], model: Path | None, name: str) -> str:
         ["clip", row["_clip"] or "none in this mode"],
     ]
     counted = text_table(["kind", unit], [*kinds.items(), ("total", sum(kinds.values()))])
-    source = model if model is not None else "the published form; pass --model DIR for a checkpoint"
+    source = (
+        model or "the stand-in, which is the published one below a system line; name --model DIR"
+    )
     return "\n".join(
         [
             *(f"{title:<14}{value}" for title, value in facts),
@@ -84,6 +98,12 @@ def count_kinds(
     kinds = {"clip": info["audio_tokens"]} if info["audio_tokens"] else {}
     kinds.update({kind: count(text) for kind, text in texts.items()})
     rendered = render_prompt(messages, template)
+    clips = sum(part["type"] == "audio" for message in messages for part in message["content"])
+    if rendered.count(PLACEHOLDER) != clips:
+        raise InspectError(
+            f"the chat template of {model} leaves out the clip: {rendered.count(PLACEHOLDER)} of {clips} "
+            f"{PLACEHOLDER} in the prompt. Take chat_template.json from the published checkpoint"
+        )
     total = count(rendered) + info["audio_tokens"] - rendered.count(PLACEHOLDER)
     return {**kinds, "frame": total - sum(kinds.values())}, unit
 
@@ -105,14 +125,19 @@ def chat_template(model: Path | None) -> str:
         from soundmind.model.processor import CHAT_TEMPLATE
 
         return CHAT_TEMPLATE
-    if (model / "chat_template.jinja").is_file():
-        return (model / "chat_template.jinja").read_text("utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (model / name).is_file():
-            template = json.loads((model / name).read_text("utf-8")).get("chat_template")
-            if isinstance(template, str):
-                return template
-    raise FileNotFoundError(
+    for name in TEMPLATE_FILES:
+        path = model / name
+        if not path.is_file():
+            continue
+        try:
+            text = path.read_text("utf-8")
+            template = text if path.suffix == ".jinja" else json.loads(text).get("chat_template")
+        except (ValueError, AttributeError) as error:
+            kind = describe_bytes(path.read_bytes()[:4096])
+            raise InspectError(f"{path} cannot be read ({error}): it is {kind}") from error
+        if isinstance(template, str):
+            return template
+    raise InspectError(
         f"{model} holds no chat template (chat_template.jinja, chat_template.json); "
         "--model takes the folder of a complete checkpoint"
     )
@@ -120,18 +145,22 @@ def chat_template(model: Path | None) -> str:
 
 def render_prompt(messages: list[dict[str, Any]], template: str) -> str:
     """The prompt as text, as transformers renders it with the generation prompt added."""
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _raise
-    rendered: str = environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True
-    )
+    try:
+        rendered: str = environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError) as error:
+        raise InspectError(f"the chat template cannot be rendered: {error}") from error
     return rendered
 
 
 def _raise(message: str) -> None:
-    raise ValueError(f"chat template: {message}")
+    raise InspectError(f"chat template: {message}")
 
 
 def write_clip(
@@ -142,8 +171,9 @@ def write_clip(
 
     info = row["extra_info"]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{info['split']}-{info['id']}.wav"
-    temporary = folder / f".{path.name}.tmp"
-    soundfile.write(temporary, load(row["_clip"]), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    os.replace(temporary, path)
+    # A name made of what a file says: nothing in it may lead out of the folder.
+    name = re.sub(r"[^\w.-]", "_", f"{info['split']}-{info['id']}")[:100]
+    path = folder / f"{name}.wav"
+    with replacing(path) as temporary:
+        soundfile.write(temporary, load(row["_clip"]), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return path

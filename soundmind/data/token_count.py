@@ -18,6 +18,8 @@ from typing import Any
 
 import regex
 
+from soundmind.system.content import describe_bytes
+from soundmind.system.errors import UserError
 from soundmind.system.hub import hub_is_reachable
 
 # The splitting rule of Qwen2, Qwen2.5 and Qwen2.5-Omni tokenizers, as tokenizer.json spells it.
@@ -34,6 +36,10 @@ _NOT_PLAIN = regex.compile(
 _MAX_CACHED = 500_000  # pre-tokens; some 60 MB at the very most, 14,000 on real text
 
 
+class TokenizerError(UserError, ValueError):
+    """A tokenizer.json that cannot be read."""
+
+
 class TokenCounter:
     """Counts tokens with the tokenizer of `tokenizer.json`, without special tokens added."""
 
@@ -42,8 +48,15 @@ class TokenCounter:
 
         content = tokenizer_file.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()  # identifies the counts' tokenizer
-        self._tokenizer = Tokenizer.from_buffer(content)
-        spec = json.loads(content)
+        try:
+            self._tokenizer = Tokenizer.from_buffer(content)
+            spec = json.loads(content)
+        except Exception as error:  # the tokenizers package raises plain Exception
+            kind = describe_bytes(content[:4096])
+            raise TokenizerError(
+                f"{tokenizer_file} is no tokenizer but {kind} ({error}). Fetch it again, or name "
+                "another with --tokenizer"
+            ) from error
         self._splits_like_qwen2 = splits_like_qwen2(spec)
         added = [regex.escape(token["content"]) for token in spec.get("added_tokens") or []]
         self._added = regex.compile("|".join(added)) if added else None

@@ -95,3 +95,55 @@ def test_data_modules_import_without_torch_or_verl() -> None:
     code += "import soundmind.preprocess, soundmind.inspect\n"
     done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_crafted_row_writes_inside_the_folder_only(make_github: MakeData, tmp_path: Path) -> None:
+    row = read_row(str(prepare(make_github({"dev": 1}), "audio")), 0)
+    output = tmp_path / "a/out"
+    for split, row_id in (("../../x", "1"), ("/etc/x", "1"), ("dev", "../y"), ("dev", "z" * 300)):
+        row["extra_info"].update(split=split, id=row_id)
+        path = inspect.write_clip(row, output)
+        assert path.resolve().parent == output.resolve() and path.is_file()
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("data", "a")] == []
+    assert len(list(output.iterdir())) == 4  # and nothing temporary
+
+
+@pytest.mark.parametrize(
+    "files,words",
+    [
+        ({}, "holds no chat template"),
+        (
+            {"chat_template.jinja": "{% for m in messages %}{{ m.role }}{% endfor %}"},
+            "leaves out the clip",
+        ),
+        ({"chat_template.jinja": "{% for m in messages %}"}, "cannot be rendered"),
+        ({"chat_template.jinja": "{{ raise_exception('no system') }}"}, "no system"),
+        ({"chat_template.jinja": "{{ messages[9].content }}"}, "cannot be rendered"),
+        ({"chat_template.jinja": b"\xff\xfe\x00"}, "UTF-16"),
+        ({"chat_template.json": "version https://git-lfs.github.com/spec/v1"}, "Git LFS pointer"),
+        ({"chat_template.json": "[1]"}, "cannot be read"),
+        (
+            {
+                "chat_template.jinja": "{{ messages[0].content }}<|AUDIO|>",
+                "tokenizer.json": "<html>",
+            },
+            "web page",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_show_the_prompt_is_an_error_in_words(
+    make_github: MakeData,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    files: dict[str, str | bytes],
+    words: str,
+) -> None:
+    path = prepare(make_github({"dev": 1}), "audio")
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in files.items():
+        (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    capsys.readouterr()
+    assert soundmind_inspect.main([str(path), "--model", str(model)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and "Traceback" not in said
