@@ -14,6 +14,7 @@ from alr_data import (  # noqa: F401  # fixtures: data folders made of noise
     make_huggingface,
     noise_clip,
 )
+from model_folders import with_spare_rows
 from processes import REPOSITORY, clean_environment
 
 
@@ -29,3 +30,9 @@ def random_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=clean_environment(),
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def spare_rows_stand_in(random_stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random stand-in with rows of the head that no token has, as published folders have them."""
+    return with_spare_rows(random_stand_in, tmp_path_factory.mktemp("spare rows") / "tiny")

@@ -47,7 +47,7 @@ from soundmind.evaluation.text import (
 from soundmind.evaluation.transcripts import save_recogniser
 from soundmind.model.folder import ModelError
 from soundmind.model.processor import load_processor
-from soundmind.model.tokens import response_banned_token_ids
+from soundmind.model.tokens import response_banned_token_ids, response_end_token_ids
 from soundmind.speech.decoding import CODES_PER_SECOND, Codes, SpeechSettings
 from soundmind.speech.recogniser import Recogniser, open_recogniser
 from soundmind.speech.states import TalkerInputs, mark_embeddings, thinker_states
@@ -350,7 +350,9 @@ class ReferenceSpeaker:
         self._omni.eval().to(device)
         self._omni.token2wav = _KeptCodes()
         self._limit = speech.max_codes
-        self._banned = response_banned_token_ids(self._prompts.processor.tokenizer)
+        tokenizer = self._prompts.processor.tokenizer
+        self._banned = response_banned_token_ids(tokenizer, model.folder)
+        self._ends = sorted(response_end_token_ids(tokenizer, model.folder))
 
     def speak(self, example: Example) -> tuple[Answer, Codes | None, str | None]:
         """Answer and codes of a row, or what kept it from being spoken."""
@@ -372,7 +374,7 @@ class ReferenceSpeaker:
         tokenizer = self._prompts.processor.tokenizer
         prompt = inputs["input_ids"].shape[1]
         response = ids[0, prompt:].tolist()
-        ended = response[-1:] == [tokenizer.eos_token_id]
+        ended = bool(response) and response[-1] in self._ends
         answer = Answer(
             text=tokenizer.decode(response, skip_special_tokens=True),
             num_tokens=len(response),
@@ -393,7 +395,7 @@ class ReferenceSpeaker:
             "thinker_max_new_tokens": settings.max_tokens,
             "thinker_do_sample": settings.temperature > 0,
             "thinker_suppress_tokens": self._banned,
-            "thinker_eos_token_id": tokenizer.eos_token_id,
+            "thinker_eos_token_id": self._ends,
             "thinker_pad_token_id": tokenizer.pad_token_id,
             "thinker_repetition_penalty": 1.0,
         }

@@ -141,7 +141,7 @@ class TextEngine:
 
             self.renderer = load_processor(str(self.model.folder))
             self.tokenizer = self.renderer.tokenizer
-            banned = response_banned_token_ids(self.tokenizer)
+            banned = response_banned_token_ids(self.tokenizer, self.model.folder)
             self.logit_bias: dict[int, float] | None = dict.fromkeys(banned, BANNED_LOGIT_BIAS)
         else:
             from transformers import AutoTokenizer

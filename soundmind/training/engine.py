@@ -115,7 +115,7 @@ class OmniFSDPEngine(OmniMicroBatches):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(part_of(name) in trained)
         banned = response_banned_token_ids(
-            self.model_config.tokenizer, self.model_config.generation_config
+            self.model_config.tokenizer, self.model_config.local_path
         )
         return as_policy(module, banned)
 

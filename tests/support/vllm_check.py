@@ -53,7 +53,7 @@ def main() -> None:
 
     processor = load_processor(arguments.model)
     tokenizer = processor.tokenizer
-    banned = response_banned_token_ids(tokenizer)
+    banned = response_banned_token_ids(tokenizer, arguments.model)
     config = AutoConfig.from_pretrained(arguments.model).thinker_config
     thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
         arguments.model, config=config, attn_implementation="sdpa", dtype=torch.float32
@@ -107,6 +107,7 @@ def main() -> None:
                 "seconds": seconds,
                 "trainer_tokens": len(prompt),
                 "vllm_tokens": len(result.prompt_token_ids),
+                "largest_token": max(response),
                 "log_prob_gap": float((rollout - trainer).abs().max()),
             }
         )
