@@ -67,6 +67,24 @@ def packed_position_rows(position_ids: torch.Tensor) -> torch.Tensor:
     return position_ids.unsqueeze(0).expand(4, *position_ids.shape)
 
 
+def dense_mask(mask: torch.Tensor, attention: str, dtype: torch.dtype) -> torch.Tensor:
+    """`mask` (batch, 1, length, length) bool, true where a token sees another, as `attention` takes it.
+
+    transformers hands a mask of four dimensions on as it is. sdpa reads true and false; eager *adds*
+    what it gets, so that true and false would let every token see every other. Raises ValueError
+    for an attention that takes no such mask.
+    """
+    if attention == "sdpa":
+        return mask
+    if attention == "eager":
+        hidden = torch.finfo(dtype).min
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, hidden)
+    raise ValueError(
+        f"attn_implementation={attention} takes no dense mask, which sharing prompts needs; use sdpa, "
+        "or set train.share_prompts=false"
+    )
+
+
 def policy_class(thinker_class: type) -> type:
     """`thinker_class` with the forward that training needs; see the module's list."""
 
@@ -109,6 +127,10 @@ def policy_class(thinker_class: type) -> type:
                     )
             if position_ids is not None and position_ids.dim() == 2:
                 position_ids = packed_position_rows(position_ids)
+            mask = kwargs.get("attention_mask")
+            if mask is not None and mask.dim() == 4:
+                attention = self.model.config._attn_implementation
+                kwargs["attention_mask"] = dense_mask(mask, attention, inputs_embeds.dtype)
             if logit_positions is None:
                 output = super().forward(
                     input_ids=input_ids,

@@ -13,7 +13,6 @@ pytest.importorskip("verl")
 
 from soundmind.model.processor import load_processor
 from soundmind.model.tokens import (
-    collapse_placeholders,
     response_banned_token_ids,
 )
 from soundmind.task.prompts import build_messages
@@ -42,7 +41,7 @@ def thinker(random_stand_in: Path) -> Any:
 def policy(random_stand_in: Path, processor: Any) -> Any:
     from soundmind.training.policy import as_policy
 
-    banned = response_banned_token_ids(processor.tokenizer)
+    banned = response_banned_token_ids(processor.tokenizer, random_stand_in)
     return as_policy(load_thinker(random_stand_in), banned).eval()
 
 
@@ -162,19 +161,44 @@ def test_packed_sequences_do_not_see_each_other(policy: Any, processor: Any) -> 
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+def attention_names() -> list[str]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return sorted({"eager", *ALL_ATTENTION_FUNCTIONS.keys()})
+
+
+@pytest.mark.parametrize("attention", attention_names())
+def test_shared_prompts_give_the_values_of_rows_or_are_refused_by_every_attention(
+    policy: Any, processor: Any, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    from soundmind.run import checks
+    from soundmind.run.config import compose_config
+    from soundmind.training.shared_prompts import share_prompts
+
+    prompt = torch.tensor(processor.tokenizer("All wugs are daxes")["input_ids"])
+    responses = [prompt.flip(0)[:5], prompt[2:6]]
+    rows = [torch.cat([prompt, response]) for response in responses]
+    separate = [logits(policy, {"input_ids": row[None]})[0, len(prompt) - 1 : -1] for row in rows]
+    shared = share_prompts([prompt, prompt], responses, [None, None])
+    monkeypatch.setattr(policy.model.config, "_attn_implementation_internal", attention)
+    names = ("input_ids", "position_ids", "attention_mask", "logit_positions")
+    inputs = {name: getattr(shared, name) for name in names}
+    key = f"actor_rollout_ref.model.override_config.attn_implementation='{attention}'"
+    problems = list(checks.shared_prompts(compose_config("grpo_tiny_cpu", [key])))
+    if problems:
+        with pytest.raises(ValueError, match="takes no dense mask"):
+            logits(policy, inputs)
+        return
+    together = logits(policy, inputs)[0]
+    torch.testing.assert_close(together, torch.cat(separate), rtol=1e-4, atol=1e-5)
+
+
 def test_banned_tokens_have_no_probability(policy: Any, processor: Any) -> None:
     row = torch.tensor(processor.tokenizer("All wugs")["input_ids"])[None]
     probabilities = logits(policy, {"input_ids": row}).softmax(-1)
     assert float(probabilities[..., policy.banned_token_ids].max()) == 0.0
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert float(probabilities[..., end].min()) > 0.0
-
-
-def test_every_special_token_but_the_end_is_banned(processor: Any) -> None:
-    tokenizer = processor.tokenizer
-    banned = {tokenizer.convert_ids_to_tokens(i) for i in response_banned_token_ids(tokenizer)}
-    assert {"<|AUDIO|>", "<|IMAGE|>", "<|VIDEO|>", "<|im_start|>", "<|audio_bos|>"} <= banned
-    assert "<|im_end|>" not in banned
 
 
 def test_a_placeholder_too_few_is_an_error(policy: Any, processor: Any) -> None:
@@ -196,10 +220,3 @@ def test_changing_the_clip_changes_the_log_probabilities(policy: Any, processor:
     one = logits(policy, inputs_for(processor, [clip(1, 0.6)]))[0, -1]
     other = logits(policy, inputs_for(processor, [clip(2, 0.6)]))[0, -1]
     assert float((one - other).abs().max()) > 1e-3
-
-
-def test_collapsing_leaves_one_placeholder_per_clip() -> None:
-    audio = 7
-    assert collapse_placeholders([1, 7, 7, 7, 2, 3, 7, 2], audio) == [1, 7, 2, 3, 7, 2]
-    assert collapse_placeholders([7, 7], audio) == [7]
-    assert collapse_placeholders([], audio) == []
