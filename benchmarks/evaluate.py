@@ -36,7 +36,6 @@ from soundmind.evaluation.examples import read_examples
 from soundmind.evaluation.models import open_model
 from soundmind.evaluation.store import Store, read_predictions
 from soundmind.evaluation.text import Prompt
-from soundmind.model.features import CACHE
 from soundmind.system.files import write_json
 from soundmind.system.machine import hardware
 
@@ -92,7 +91,6 @@ def measure_overhead(options: argparse.Namespace, scratch: Path) -> list[Figure]
     def forget() -> None:
         engine._forget(0)
         engine.llm.reset_mm_cache()
-        CACHE.__init__()  # type: ignore[misc]
 
     def direct() -> Speed:
         forget()

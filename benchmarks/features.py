@@ -99,13 +99,10 @@ def counted(counters: Counters) -> Iterator[None]:
 
 @contextmanager
 def extractor(stock: bool) -> Iterator[None]:
-    """transformers' own extractor, or ours with an empty cache."""
+    """transformers' own extractor, or ours."""
     from transformers import WhisperFeatureExtractor
 
-    from soundmind.model.features import CACHE
-
     ours = WhisperFeatureExtractor.__call__
-    CACHE.__init__()  # type: ignore[misc]
     if stock:
         WhisperFeatureExtractor.__call__ = ours.__closure__[0].cell_contents
     try:

@@ -7,66 +7,18 @@ the next hop *and two hops more*, then cutting to the frames the mask keeps, giv
 (measured; held by tests/model/test_features.py). One thing is global in the stock code: values are
 clamped to eight below the clip's own maximum, and the padding never holds that maximum.
 
-`wrap_extractor` turns `WhisperFeatureExtractor.__call__` into this, with a cache keyed by the
-waveform's bytes, so that the n rollouts of a prompt, the trainer and vLLM's front end each extract
-once.
+`wrap_extractor` turns `WhisperFeatureExtractor.__call__` into this. Nothing is cached here: the agent
+loop encodes a prompt once for all of its rollouts, and vLLM's front end keeps what it has extracted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 MIN_FRAMES = 64  # for fewer, the mel filter's matrix product takes another kernel: last bits differ
-
-
-CACHED_CLIPS = 512  # per process; 0.17 MB each for a 3.3 s clip, 3 MB for a minute
-
-
-CACHED_BYTES = 128 * 2**20  # whichever bound is reached first: about 43 clips of a minute
-
-
-class FeatureCache:
-    """Least-recently-used features by waveform digest, safe among threads.
-
-    Waiting threads that ask for the same clip (the n rollouts of one prompt do) share one
-    extraction.
-    """
-
-    def __init__(self, max_clips: int = CACHED_CLIPS, max_bytes: int = CACHED_BYTES) -> None:
-        self.max_clips = max_clips
-        self.max_bytes = max_bytes
-        self.extractions = 0
-        self._entries: OrderedDict[tuple[int, bytes], np.ndarray] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, waveform: np.ndarray, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Features (num_mel_bins, mel_frames) float32 of `waveform` (num_samples,) float32."""
-        key = (waveform.size, hashlib.blake2b(waveform.tobytes(), digest_size=16).digest())
-        with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
-                return found
-            features = extract(waveform)
-            features.setflags(write=False)
-            self.extractions += 1
-            self._entries[key] = features
-            self._bytes += features.nbytes
-            while len(self._entries) > 1 and (
-                len(self._entries) > self.max_clips or self._bytes > self.max_bytes
-            ):
-                self._bytes -= self._entries.popitem(last=False)[1].nbytes
-            return features
-
-
-CACHE = FeatureCache()
 
 
 def extract_at_true_length(
@@ -143,10 +95,7 @@ def wrap_extractor(stock_call: Callable[..., Any]) -> Callable[..., Any]:
                     f"window of {self.n_samples / self.sampling_rate:.0f} s; the stock extractor "
                     "would cut it silently. Drop or split it in preprocessing."
                 )
-        features = [
-            CACHE.get(clip, lambda waveform: extract_at_true_length(stock_call, self, waveform))
-            for clip in clips
-        ]
+        features = [extract_at_true_length(stock_call, self, clip) for clip in clips]
         longest = max(clip.shape[1] for clip in features)
         # Silence in log-mel space is not zero, but masked frames are never read.
         batch = np.zeros((len(features), features[0].shape[0], longest), dtype=np.float32)

@@ -349,8 +349,7 @@ def host_memory(config: DictConfig, setup: Training, assumed: Assumptions) -> di
     workers = (
         config.actor_rollout_ref.rollout.agent.num_workers + config.data.dataloader_num_workers
     )
-    clips = int(config.data.clip_cache_mib) * 2**20
-    parts["data and agent workers"] = int(workers) * (PROCESS_BYTES + clips)
+    parts["data and agent workers"] = int(workers) * PROCESS_BYTES
     prompts = int(config.data.train_batch_size)
     parts["features, one copy a prompt"] = prompts * feature_bytes(setup, assumed.mel_frames)
     return parts

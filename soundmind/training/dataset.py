@@ -8,7 +8,7 @@ What it does beyond verl's RLHFDataset:
   clips `parquet:///.../train.parquet#17`. Messages are copied once per rollout and once more into
   every store they pass; 60 s of sound would be 3.8 MB each time.
 * The agent loop calls `process_multi_modal_info` on the class; it decodes through
-  `soundmind.data.audio`, once per clip however many rollouts ask for it at the same time (`ClipCache`).
+  `soundmind.data.clips`, once per prompt (`soundmind.training.agent_loop.PromptEncodings`).
 * Prompt lengths come from the numbers stored at preprocessing; no clip is decoded at start-up.
   A prompt longer than `data.max_prompt_length`, or a clip longer than the processor's window, is
   an error that names the row and the number needed. With `data.filter_overlong_prompts=True` such
@@ -19,7 +19,6 @@ Settings (all under `data`, all optional)
 
     audio_root       folder that clip paths are relative to, instead of the one recorded in the
                      Parquet file (relative to the file, so that a data folder moves as a whole)
-    clip_cache_mib   memory for decoded clips in each process that decodes, 256 by default
 
 Reads the Parquet files of `soundmind.preprocess`; files of different modes may be mixed.
 """
@@ -38,13 +37,10 @@ from omegaconf import DictConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from soundmind.data.audio import MAX_CLIP_SECONDS
-from soundmind.data.clips import ClipCache, load_clip
+from soundmind.data.clips import load_clip
 from soundmind.data.rows import CLIP_COLUMN, read_rows, with_clip
 
 logger = logging.getLogger(__name__)
-
-
-CLIP_CACHE_MIB = 256  # about 70 clips of a minute
 
 
 LENGTH_SLACK = 8  # tokens; nearer than this to the limit a prompt is measured, not added up
@@ -60,8 +56,6 @@ class AudioRLHFDataset(RLHFDataset):
     ...). `raw_prompt` is what `soundmind.task.prompts.build_messages` gives, with a reference to the
     clip. Waveforms appear only where the agent loop asks the class for them.
     """
-
-    clips = ClipCache(load_clip, CLIP_CACHE_MIB << 20)  # of this process, shared by all its loops
 
     def _read_files_and_tokenize(self) -> None:
         """Load the rows without their embedded clips; verl calls this at start and at resume."""
@@ -195,7 +189,6 @@ class AudioRLHFDataset(RLHFDataset):
         cls, messages: list[dict[str, Any]], image_patch_size: int, config: DictConfig
     ) -> tuple[Any, Any, Any]:
         """Images and videos (None), waveforms; verl calls this on the class, from threads."""
-        cls.clips.capacity = int(config.get("clip_cache_mib", None) or CLIP_CACHE_MIB) << 20
         return None, None, cls._extract_audio_info(messages)
 
     @classmethod
@@ -208,7 +201,7 @@ class AudioRLHFDataset(RLHFDataset):
             for part in message["content"]
             if part.get("type") == "audio"
         ]
-        return [cls.clips.get(reference) for reference in references] or None
+        return [load_clip(reference) for reference in references] or None
 
 
 def _row_name(info: dict[str, Any]) -> str:

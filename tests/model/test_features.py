@@ -1,8 +1,7 @@
-"""Features at true length equal the stock extractor's, bit for bit, and are extracted once."""
+"""Features at true length equal the stock extractor's, bit for bit."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
-from soundmind.model.features import (
-    FeatureCache,
-    wrap_extractor,
-)
+from soundmind.model.features import wrap_extractor
 
 RATE = 16_000
 
@@ -90,30 +86,3 @@ def test_other_options_reach_the_stock_extractor(extractor: Any, stock_call: Any
 def test_a_clip_beyond_the_window_is_refused_not_cut(extractor: Any, stock_call: Any) -> None:
     with pytest.raises(ValueError, match="longer than the processor's window of 300 s"):
         wrap_extractor(stock_call)(extractor, [noise(extractor.n_samples + 1)], **OPTIONS)
-
-
-def test_threads_that_ask_for_one_clip_share_one_extraction() -> None:
-    cache = FeatureCache()
-    clip = noise(100)
-    calls = []
-
-    def extract(waveform: np.ndarray) -> np.ndarray:
-        calls.append(1)
-        return waveform[None, :]
-
-    threads = [threading.Thread(target=cache.get, args=(clip, extract)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == cache.extractions == 1
-
-
-def test_the_cache_stays_within_its_bytes_and_drops_the_oldest() -> None:
-    cache = FeatureCache(max_bytes=3 * 400)
-    for seed in range(10):
-        cache.get(noise(100, seed), lambda waveform: waveform[None, :].copy())
-    cache.get(noise(100, 9), lambda waveform: waveform[None, :].copy())
-    assert cache.extractions == 10
-    cache.get(noise(100, 0), lambda waveform: waveform[None, :].copy())
-    assert cache.extractions == 11

@@ -4,10 +4,7 @@ import asyncio
 import json
 import pickle
 import shutil
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,6 @@ from verl.utils.dataset.rl_dataset import (
 
 from soundmind import preprocess
 from soundmind.data.audio import load_waveform
-from soundmind.data.clips import (
-    ClipCache,
-    load_clip,
-)
 from soundmind.task.prompts import build_messages
 from soundmind.training.dataset import AudioRLHFDataset
 
@@ -49,11 +42,6 @@ def tokenizer_folder(processor: Any, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("checkpoint")
     processor.tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache() -> None:
-    AudioRLHFDataset.clips.clear()
 
 
 def prepare(root: Path, mode: str, tokenizer: object = "none", *arguments: str) -> Path:
@@ -130,12 +118,18 @@ def test_item_has_the_keys_that_rollout_reads(make_github: MakeData, processor: 
 @pytest.mark.parametrize("mode", ["audio", "text", "dual"])
 @pytest.mark.parametrize("counted", [True, False])
 def test_stored_numbers_add_up_to_the_real_prompt_length(
-    make_github: MakeData, processor: Any, tokenizer_folder: Path, mode: str, counted: bool
+    make_github: MakeData,
+    processor: Any,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    counted: bool,
 ) -> None:
     root = make_github({"train": 12})
     path = prepare(root, mode, tokenizer_folder if counted else "none")
-    rows = load([path], processor)
-    assert AudioRLHFDataset.clips.decodes == 0
+    with monkeypatch.context() as patch:  # no clip is decoded at start-up
+        patch.setattr("soundmind.training.dataset.load_clip", None)
+        rows = load([path], processor)
     lengths = rows.prompt_lengths(rows.dataframe)
     assert list(lengths) == [true_length(processor, rows[i]) for i in range(12)]
 
@@ -295,82 +289,3 @@ def test_pickled_dataset_resumes_from_its_files(make_github: MakeData, processor
     resumed = pickle.loads(pickle.dumps(rows))
     resumed.resume_dataset_state()
     assert resumed[2]["raw_prompt"] == rows[2]["raw_prompt"]
-
-
-# -- the cache ------------------------------------------------------------------------------------
-
-
-def test_eight_rollouts_of_a_clip_decode_it_once(make_github: MakeData, processor: Any) -> None:
-    rows = load([prepare(make_github({"train": 2}), "audio")], processor)
-    messages, config = rows[0]["raw_prompt"], OmegaConf.create({})
-
-    async def rollouts() -> list[Any]:
-        hook = AudioRLHFDataset.process_multi_modal_info
-        calls = [hook(messages, image_patch_size=14, config=config) for _ in range(8)]
-        return [result[2][0] for result in await asyncio.gather(*calls)]
-
-    waveforms = asyncio.run(rollouts())
-    assert AudioRLHFDataset.clips.decodes == 1
-    assert all(waveform is waveforms[0] for waveform in waveforms)
-
-
-def test_slow_decode_is_waited_for_and_does_not_hold_up_others(tmp_path: Path) -> None:
-    started, release = threading.Event(), threading.Event()
-
-    def slow_load(reference: str) -> np.ndarray:
-        if reference == "slow":
-            started.set()
-            assert release.wait(10)
-        return np.zeros(4, np.float32)
-
-    cache = ClipCache(slow_load, capacity=1 << 20)
-    with ThreadPoolExecutor(9) as threads:
-        waiting = [threads.submit(cache.get, "slow") for _ in range(8)]
-        assert started.wait(10)
-        assert threads.submit(cache.get, "quick").result(10).shape == (4,)
-        assert not any(future.done() for future in waiting)
-        release.set()
-        assert len({id(future.result(10)) for future in waiting}) == 1
-    assert cache.decodes == 2
-
-
-def test_failed_decode_is_an_error_for_everyone_and_is_tried_again() -> None:
-    answers = [ValueError("broken"), np.ones(3, np.float32)]
-
-    def load_once(reference: str) -> np.ndarray:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    cache = ClipCache(load_once, capacity=1 << 20)
-    with pytest.raises(ValueError, match="broken"):
-        cache.get("clip")
-    assert cache.get("clip").sum() == 3
-
-
-def test_cache_keeps_to_its_capacity_and_drops_the_oldest() -> None:
-    cache = ClipCache(lambda reference: np.zeros(250, np.float32), capacity=3_000)
-    for reference in ("a", "b", "c", "a", "d"):
-        cache.get(reference)
-    assert cache.decodes == 4
-    cache.get("a")
-    assert cache.decodes == 4
-    cache.get("b")  # was the least recently used when d came
-    assert cache.decodes == 5
-
-
-def test_waveforms_are_read_only_because_they_are_shared(tmp_path: Path, noise_clip: Any) -> None:
-    noise_clip(tmp_path / "clip.wav", 0.5)
-    waveform = ClipCache(load_clip, 1 << 20).get(str(tmp_path / "clip.wav"))
-    with pytest.raises(ValueError, match="read-only"):
-        waveform[0] = 1.0
-
-
-def test_replaced_file_is_decoded_again(tmp_path: Path, noise_clip: Any) -> None:
-    path, cache = tmp_path / "clip.wav", ClipCache(load_clip, 1 << 20)
-    noise_clip(path, 0.5, rate=16_000)
-    assert len(cache.get(str(path))) == 8_000
-    time.sleep(0.01)
-    noise_clip(path, 1.0, rate=16_000)
-    assert len(cache.get(str(path))) == 16_000
