@@ -38,6 +38,7 @@ from verl.utils.debug import marked_timer
 
 from soundmind.model import checkpoints
 from soundmind.plugin.verl_entry import require_loaded
+from soundmind.system.files import write_text
 from soundmind.training.agent_loop import ROW
 from soundmind.training.feature_store import clear_spent
 from soundmind.training.nodes import watch_nodes
@@ -84,9 +85,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line, step) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def append(self, step: int, metrics: dict[str, Any]) -> None:
         """Write one line and flush it to disk."""
