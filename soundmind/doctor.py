@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from soundmind.run.config import CONFIG_DIR, config_names
+from soundmind.run.config import config_names
 from soundmind.run.doctor import CHECKS
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'ok' if finding.ok else '--'}  {finding.what}: {finding.found}")
         if finding.mend:
             print(f"      mend it with: {finding.mend}   (without it: no {finding.blocks})")
-    print(f"configurations: {', '.join(config_names(CONFIG_DIR))}")
+    print(f"configurations: {', '.join(config_names(stage='all'))}")
     broken = [finding for finding in findings if not finding.ok]
     print("everything is in place" if not broken else f"{len(broken)} things to mend, see above")
     return 1 if broken else 0

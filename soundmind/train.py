@@ -25,6 +25,7 @@ from pathlib import Path
 from soundmind.run import folder as run_folder
 from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config
 from soundmind.run.dry_run import dry_run
+from soundmind.run.sft_checks import require_stage
 from soundmind.run.train import NodeLostError, train
 
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
+        require_stage(config, arguments.config_name, "train")
         if arguments.dry_run:
             print(dry_run(config, arguments.config_name))
             return 0

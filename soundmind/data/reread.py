@@ -23,6 +23,7 @@ from soundmind.data.audio import ClipError, probe_clip
 from soundmind.data.columns import row_schema
 from soundmind.system.content import describe_bytes
 from soundmind.system.errors import UserError
+from soundmind.task.schema import METADATA_KEY
 
 MEASURED_CLIPS = 8  # whose duration is compared with their rows; a wrong root is wrong for all
 LARGEST_GROUP = 1 << 30  # bytes of sound in a row group, which is read whole for one clip of it
@@ -129,6 +130,12 @@ def clip_root(
         f"{parquet} does not say where its clips are (saved again by another program?), and no folder "
         f"above it holds {wanted[0]}; {_NAME_ROOT}"
     )
+
+
+def data_roots(parquet: str) -> list[str]:
+    """Folders that a Parquet file may have been made from, the most trusted one first."""
+    metadata = pq.ParquetFile(parquet).schema_arrow.metadata or {}
+    return list(dict.fromkeys(_roots(parquet, json.loads(metadata.get(METADATA_KEY, b"{}")))))
 
 
 def _roots(parquet: str, metadata: dict[str, Any]) -> Iterator[str]:

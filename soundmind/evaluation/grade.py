@@ -18,7 +18,6 @@ from soundmind.evaluation import metrics
 from soundmind.evaluation.examples import Example
 from soundmind.evaluation.text import Answer
 from soundmind.evaluation.transcripts import saved_normaliser
-from soundmind.system.files import replacing
 from soundmind.task.labels import label_of
 from soundmind.task.reward import COMPONENTS, ROW_KEYS, compute_score
 from soundmind.task.schema import DATA_SOURCES
@@ -88,8 +87,9 @@ def question_audio(example: Example, output: Path) -> str | None:
         except ValueError:
             return None  # the row's error says why
         target.parent.mkdir(exist_ok=True)
-        with replacing(target) as temporary:
-            soundfile.write(temporary, waveform, SAMPLE_RATE, format="FLAC")
+        temporary = target.with_name(target.name + ".tmp")
+        soundfile.write(temporary, waveform, SAMPLE_RATE, format="FLAC")
+        os.replace(temporary, target)
     return os.path.relpath(target, output)
 
 

@@ -22,9 +22,11 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and the next step."""
 
 
-def config_names(config_dir: Path = CONFIG_DIR) -> list[str]:
-    """Experiments in `config_dir`, by name."""
-    return sorted(path.stem for path in config_dir.glob("*.yaml"))
+def config_names(config_dir: Path = CONFIG_DIR, stage: str = "train") -> list[str]:
+    """Experiments in `config_dir`, by name: of soundmind.train, of soundmind.sft, or of `all`."""
+    names = sorted(path.stem for path in config_dir.glob("*.yaml"))
+    found = {name: "sft" if name.startswith("sft_") else "train" for name in names}
+    return [name for name in names if stage in ("all", found[name])]
 
 
 def compose_config(
@@ -34,10 +36,10 @@ def compose_config(
     from hydra import compose, initialize_config_dir
     from hydra.errors import ConfigCompositionException, HydraException
 
-    if name not in config_names(config_dir):
+    if name not in config_names(config_dir, "all"):
         raise ConfigError(
             f"no configuration {name!r} in {config_dir}; there are: "
-            + ", ".join(config_names(config_dir))
+            + ", ".join(config_names(config_dir, "all"))
         )
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base=None):

@@ -51,6 +51,24 @@ def draw_curves(run: Path, start: str | None) -> list[Path]:
     return paths
 
 
+def draw_losses(run: Path, start: str | None) -> Path:
+    """Draw the losses of a supervised fine-tuning run into <run>/plots/loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = read_metrics(run)
+    (run / "plots").mkdir(exist_ok=True)
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for key, label in (("train/loss", "rows of the step"), ("val/loss", "held-out rows")):
+        steps, values = _series(metrics, key)
+        if values:
+            axes.plot(steps, values, label=label, marker="o" if key == "val/loss" else None)
+    _style(axes, "Loss of annotated chains", "nats a response token")
+    return _save(figure, run / "plots" / "loss.png", start)
+
+
 def _save(figure: Figure, path: Path, start: str | None) -> Path:
     import matplotlib.pyplot as plt
 

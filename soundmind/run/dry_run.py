@@ -35,7 +35,7 @@ def dry_run(config: DictConfig, name: str) -> str:
         f"train      {_listed(config.data.train_files)}",
         f"validate   {_listed(config.data.val_files)}",
         f"model      {model.path}",
-        f"output     {_destination(config, name)}",
+        f"output     {destination(config, name)}",
     ]
     if table := parts_of(config):
         lines += ["", parts.format_table(table)]
@@ -46,7 +46,7 @@ def _listed(files: Any) -> str:
     return ", ".join(files) if OmegaConf.is_list(files) else str(files)
 
 
-def _destination(config: DictConfig, name: str) -> str:
+def destination(config: DictConfig, name: str) -> str:
     """Where `train` would write now, in words, and what it would not continue."""
     root = Path(config.run.root)
     chosen = run_folder.choose_run(root, name, experiment(config), *wanted(config))

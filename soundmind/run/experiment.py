@@ -25,6 +25,7 @@ FREE = (
     *("run.poll_interval_seconds", "run.prepare", "run.practice_dir", "run.alr_dir"),
     *(f"trainer.{key}" for key in ("test_freq", "save_freq", "val_before_train", "logger")),
     *("trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep"),
+    "trainer.max_ckpt_to_keep",
     *("trainer.project_name", "trainer.experiment_name", "trainer.log_val_generations"),
     *("trainer.default_local_dir", "trainer.rollout_data_dir", "trainer.validation_data_dir"),
     "actor_rollout_ref.rollout.trace",
@@ -39,7 +40,7 @@ _SHOWN = 6
 
 def experiment(config: DictConfig, contents: bool = True) -> dict[str, Any]:
     """Everything that makes a run this experiment, flat; `contents`: with digests of its inputs."""
-    optim = OmegaConf.select(config, "actor_rollout_ref.actor.optim") or {}
+    optim = OmegaConf.select(config, "actor_rollout_ref.actor.optim") or config.get("optim") or {}
     warmup = optim.get("lr_warmup_steps")
     share = 0 if warmup is not None and warmup >= 0 else optim.get("lr_warmup_steps_ratio")
     steady = optim.get("lr_scheduler_type", "constant") == "constant" and not share
@@ -121,8 +122,8 @@ def _contents(config: DictConfig) -> Iterator[tuple[str, str]]:
         text = [f"{path.name} {file_digest(path)}" for path in sorted(adapter.glob("adapter_*"))]
         yield f"adapter of {adapter}", _digest(text)
     for key in ("train_files", "val_files"):
-        files = config.data[key]
-        for name in [files] if isinstance(files, str) else files:
+        files = config.data[key] or []
+        for name in map(str, [files] if isinstance(files, str) else files):
             yield f"rows of {name}", file_digest(Path(name))
             clips = read_rows(name, root=config.data.audio_root)[CLIP_COLUMN].to_pylist()
             sizes = (Path(clip) for clip in clips if clip and Path(clip).is_file())
