@@ -3,10 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,45 +11,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from alr_data import question_text
+from prepared import edit_line, prepare_data, report_of, rows_of
 
 from soundmind import preprocess
-from soundmind.data import preprocess as data_preprocess
-from soundmind.data import sources as data_sources
-from soundmind.data import write as data_write
 from soundmind.data.audio import num_audio_tokens, resampled_length
 from soundmind.data.columns import row_schema
-from soundmind.system import files as system_files
 from soundmind.task.prompts import INSTRUCTIONS
-from soundmind.task.schema import METADATA_KEY, MODES
+from soundmind.task.schema import MODES
 
 MakeData = Callable[..., Path]
 ALL = {"train": 5, "dev": 3, "test": 2}
-
-
-def run(root: Path, *arguments: str, mode: str = "audio") -> int:
-    command = ["--mode", mode, "--data-dir", str(root), "--tokenizer", "none", "--workers", "1"]
-    return preprocess.main([*command, *arguments])
-
-
-def rows_of(root: Path, split: str, mode: str = "audio") -> list[dict[str, Any]]:
-    return pq.read_table(root / "parquet" / mode / f"{split}.parquet").to_pylist()
-
-
-def report_of(root: Path, mode: str = "audio") -> dict[str, Any]:
-    return json.loads((root / "parquet" / mode / "report.json").read_text("utf-8"))
-
-
-def content_of(root: Path) -> dict[str, bytes]:
-    files = sorted(path for path in (root / "parquet").rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
-
-
-def edit_line(path: Path, index: int, change: Callable[[dict[str, Any]], None]) -> None:
-    lines = path.read_text("utf-8").splitlines()
-    record = json.loads(lines[index])
-    change(record)
-    lines[index] = json.dumps(record)
-    path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -62,7 +30,7 @@ def edit_line(path: Path, index: int, change: Callable[[dict[str, Any]], None]) 
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_have_verls_layout_in_every_mode(make_github: MakeData, mode: str) -> None:
     root = make_github(ALL)
-    assert run(root, mode=mode) == 0
+    assert prepare_data(root, mode=mode) == 0
     table = pq.read_table(root / "parquet" / mode / "train.parquet")
     assert table.schema.remove_metadata() == row_schema()
     row = table.to_pylist()[1]
@@ -83,7 +51,7 @@ def test_measures_are_those_of_the_files(make_github: MakeData, bpe_folder: Path
     from tokenizers import Tokenizer
 
     root = make_github({"dev": 3}, seconds=2.0)
-    assert run(root, "--splits", "dev", "--tokenizer", str(bpe_folder)) == 0
+    assert prepare_data(root, "--splits", "dev", "--tokenizer", str(bpe_folder)) == 0
     tokenizer = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     for index, row in enumerate(rows_of(root, "dev")):
         info = row["extra_info"]
@@ -111,7 +79,7 @@ def test_truth_is_the_label_where_the_teacher_disagrees(make_github: MakeData) -
     root = make_github({"test": 2})
     text = "It cannot be.\nAnswer: not-entailed."
     edit_line(root / "test.jsonl", 1, lambda record: record.update(answer=text))
-    assert run(root, "--splits", "test") == 0
+    assert prepare_data(root, "--splits", "test") == 0
     row = rows_of(root, "test")[1]
     assert row["reward_model"]["ground_truth"] == "entailed"
     assert row["extra_info"]["teacher_verdict"] == "not-entailed"
@@ -122,7 +90,7 @@ def test_truth_is_the_label_where_the_teacher_disagrees(make_github: MakeData) -
 
 def test_real_dev_annotations_give_the_published_counts(alr_dev: Path, tmp_path: Path) -> None:
     shutil.copy(alr_dev, tmp_path / "dev.jsonl")
-    assert run(tmp_path, "--splits", "dev", mode="text") == 0
+    assert prepare_data(tmp_path, "--splits", "dev", mode="text") == 0
     dev = report_of(tmp_path, "text")["splits"]["dev"]
     assert dev["rows"] == 606
     assert dev["labels"] == {"entailed": 264, "not-entailed": 342}
@@ -139,14 +107,14 @@ def test_real_dev_annotations_give_the_published_counts(alr_dev: Path, tmp_path:
 
 def test_text_mode_needs_no_audio(make_github: MakeData) -> None:
     root = make_github(ALL, clips=False)
-    assert run(root, mode="text") == 0
+    assert prepare_data(root, mode="text") == 0
     info = rows_of(root, "train", "text")[0]["extra_info"]
     assert info["audio_tokens"] == 0 and info["question_seconds"] is None
 
 
 def test_practice_rows_have_one_text_part_and_no_system_line(make_github: MakeData) -> None:
     root = make_github(ALL)
-    assert run(root, "--task", "practice") == 0
+    assert prepare_data(root, "--task", "practice") == 0
     row = rows_of(root, "train")[0]
     assert row["data_source"] == "soundmind/practice"
     assert [m["role"] for m in row["prompt"]] == ["user"]
@@ -158,7 +126,7 @@ def test_hugging_face_layout_gives_the_same_rows(
     make_github: MakeData, make_huggingface: MakeData, metadata: bool
 ) -> None:
     github, hub = make_github({"dev": 4}), make_huggingface({"dev": 4}, metadata=metadata)
-    assert run(github, "--splits", "dev") == run(hub, "--splits", "dev") == 0
+    assert prepare_data(github, "--splits", "dev") == prepare_data(hub, "--splits", "dev") == 0
     for ours, theirs in zip(rows_of(github, "dev"), rows_of(hub, "dev"), strict=True):
         ours["extra_info"].update(question_seconds=0, audio_tokens=0)
         theirs["extra_info"].update(question_seconds=0, audio_tokens=0)
@@ -169,7 +137,7 @@ def test_clips_under_audio_dataset_are_found(make_github: MakeData) -> None:
     root = make_github({"dev": 2})
     (root / "audio_dataset").mkdir()
     (root / "dev").rename(root / "audio_dataset" / "dev")
-    assert run(root, "--splits", "dev") == 0
+    assert prepare_data(root, "--splits", "dev") == 0
     assert rows_of(root, "dev")[0]["audio"]["path"] == "audio_dataset/dev/0000/question.wav"
 
 
@@ -179,7 +147,7 @@ def test_spaces_and_flac_and_stereo_are_fine(make_github: MakeData, noise_clip: 
     soundfile.write(
         root / "dev/0000/question.flac", np.random.default_rng(0).random((44_100, 2)), 44_100
     )
-    assert run(root, "--splits", "dev") == 0
+    assert prepare_data(root, "--splits", "dev") == 0
     row = rows_of(root, "dev")[0]
     assert row["audio"]["path"] == "dev/0000/question.flac"
     assert row["extra_info"]["audio_tokens"] == 25
@@ -191,7 +159,7 @@ def test_split_without_recorded_answers_is_prepared_and_said(
     root = make_github({"dev": 3})
     for answer in (root / "dev").glob("*/answer_*.wav"):
         answer.unlink()
-    assert run(root, "--splits", "dev") == 0
+    assert prepare_data(root, "--splits", "dev") == 0
     assert "no recorded answers" in capsys.readouterr().out
     assert rows_of(root, "dev")[0]["extra_info"]["reference_seconds"] is None
 
@@ -237,7 +205,7 @@ def test_every_fault_is_found_in_one_pass_and_nothing_is_written(
 ) -> None:
     root = make_github({"train": 20})
     expected = break_everything(root, noise_clip)
-    assert run(root, "--splits", "train") == 2
+    assert prepare_data(root, "--splits", "train") == 2
     output = capsys.readouterr().out
     listed = [line.split()[:2] for line in output.splitlines() if "train.jsonl:" in line]
     assert {where: kind for kind, where in listed} == expected
@@ -251,7 +219,7 @@ def test_skip_writes_the_rest_and_counts_every_reason(
 ) -> None:
     root = make_github({"train": 20})
     expected = break_everything(root, noise_clip)
-    assert run(root, "--splits", "train", "--on-error", "skip") == 0
+    assert prepare_data(root, "--splits", "train", "--on-error", "skip") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"skipped {len(expected)} of 20 rows: ")
     for kind in set(expected.values()):
@@ -270,7 +238,7 @@ def test_every_fault_of_a_line_is_listed(
     root = make_github({"dev": 2})
     edit_line(root / "dev.jsonl", 0, lambda r: (r.update(label="1"), r.pop("answer")))
     (root / "dev/0000/question.wav").write_bytes(b"RIFF")
-    assert run(root, "--splits", "dev") == 2
+    assert prepare_data(root, "--splits", "dev") == 2
     output = capsys.readouterr().out
     for kind in ("bad-label", "missing-field", "unreadable-clip"):
         assert kind in output
@@ -281,12 +249,12 @@ def test_file_without_one_good_row_lists_its_faults_and_writes_nothing(
 ) -> None:
     root = make_github({"dev": 2})
     (root / "dev.jsonl").write_text("{\n[]\n", "utf-8")
-    assert run(root, "--splits", "dev") == 2
+    assert prepare_data(root, "--splits", "dev") == 2
     assert capsys.readouterr().out.count("broken-json") == 3  # two lines and the sum
-    assert run(root, "--splits", "dev", "--on-error", "skip") == 2
+    assert prepare_data(root, "--splits", "dev", "--on-error", "skip") == 2
     assert "no row of split dev is left" in capsys.readouterr().err
     (root / "dev.jsonl").write_text("\n", "utf-8")
-    assert run(root, "--splits", "dev") == 2
+    assert prepare_data(root, "--splits", "dev") == 2
     assert "no annotations" in capsys.readouterr().err
     assert not list((root / "parquet").rglob("*.parquet"))
 
@@ -297,7 +265,7 @@ def test_pipe_in_place_of_a_clip_does_not_hang(
     root = make_github({"dev": 2})
     (root / "dev/0001/question.wav").unlink()
     os.mkfifo(root / "dev/0001/question.wav")
-    assert run(root, "--splits", "dev") == 2
+    assert prepare_data(root, "--splits", "dev") == 2
     assert "not a regular file" in capsys.readouterr().out
 
 
@@ -305,7 +273,7 @@ def test_folder_link_that_stays_inside_is_fine(make_github: MakeData) -> None:
     root = make_github({"dev": 2})
     (root / "dev/0000").rename(root / "moved")
     (root / "dev/0000").symlink_to(root / "moved")
-    assert run(root, "--splits", "dev") == 0
+    assert prepare_data(root, "--splits", "dev") == 0
 
 
 def test_named_clip_may_not_leave_the_root(
@@ -315,7 +283,7 @@ def test_named_clip_may_not_leave_the_root(
     line = root / "dev/metadata.jsonl"
     edit_line(line, 0, lambda r: r.update(question_file_name="../../other/question.wav"))
     edit_line(line, 1, lambda r: r.update(answer_file_name="0001/answer_0.wav"))
-    assert run(root, "--splits", "dev") == 2
+    assert prepare_data(root, "--splits", "dev") == 2
     output = capsys.readouterr().out
     assert "unsafe-path" in output and "label-contradicts-clip" in output
 
@@ -326,7 +294,7 @@ def test_clip_beyond_the_window_is_reported_and_kept(
     root = make_github({"dev": 2})
     long = np.random.default_rng(0).standard_normal(8_000 * 301) * 0.1
     soundfile.write(root / "dev/0001/question.wav", long, 8_000)
-    assert run(root, "--splits", "dev") == 0
+    assert prepare_data(root, "--splits", "dev") == 0
     assert "warning: dev: 1 questions last longer than the 300 s" in capsys.readouterr().out
     assert report_of(root)["splits"]["dev"]["beyond_processor_window"] == ["0001"]
     assert rows_of(root, "dev")[1]["extra_info"]["audio_tokens"] == 7525
@@ -336,9 +304,9 @@ def test_missing_split_names_the_command_that_fetches_it(
     make_github: MakeData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_github({"dev": 2})
-    assert run(root) == 2
+    assert prepare_data(root) == 2
     assert "download_data.sh train" in capsys.readouterr().err
-    assert run(root.parent / "nowhere") == 2
+    assert prepare_data(root.parent / "nowhere") == 2
     assert "nowhere not found" in capsys.readouterr().err
 
 
@@ -383,208 +351,39 @@ def test_hub_id_is_fetched_into_the_data_folder(
     assert row["extra_info"]["reference_seconds"] is None
 
 
-# -- overlap ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("same_text", [False, True])
+def test_one_clip_for_two_questions_is_a_fault_of_both(
+    make_huggingface: MakeData, capsys: pytest.CaptureFixture[str], same_text: bool
+) -> None:
+    root = make_huggingface({"test": 4})
+
+    def share(record: dict[str, Any]) -> None:
+        record["question_file_name"] = "0000/question.wav"
+        if same_text:
+            record["annotation_question"] = question_text(0)
+
+    edit_line(root / "test/metadata.jsonl", 2, share)
+    assert prepare_data(root, "--splits", "test", "--on-error", "skip") == 0
+    ids = [row["extra_info"]["id"] for row in rows_of(root, "test")]
+    assert ids == (["0000", "0001", "0002", "0003"] if same_text else ["0001", "0003"])
+    assert ("shared-clip 2" in capsys.readouterr().out) != same_text
 
 
-def share_questions(root: Path) -> None:
-    """Line 0 of train is in dev, line 1 of train and line 1 of dev are in test."""
-
-    def take(source: str, index: int) -> Callable[[dict[str, Any]], None]:
-        line = (root / source).read_text("utf-8").splitlines()[index]
-        return lambda record: record.update(user_content=json.loads(line)["user_content"])
-
-    edit_line(root / "train.jsonl", 0, take("dev.jsonl", 0))
-    edit_line(root / "train.jsonl", 1, take("test.jsonl", 0))
-    edit_line(root / "dev.jsonl", 1, take("test.jsonl", 1))
-
-
-def test_overlap_is_reported_and_dropped_from_train_then_dev(make_github: MakeData) -> None:
-    root = make_github(ALL)
-    share_questions(root)
-    assert run(root) == 0
-    before = report_of(root)["overlap"]
-    assert {pair: n["question"] for pair, n in before.items()} == {
-        "train, dev": 1, "train, test": 1, "dev, test": 1
-    }  # fmt: skip
-    assert before["dev, test"]["major_premise"] == 1
-    assert run(root, "--drop-overlap") == 0
-    after = report_of(root)
-    assert [n["question"] for n in after["overlap"].values()] == [0, 0, 0]
-    dropped = {name: split["overlap_dropped"] for name, split in after["splits"].items()}
-    assert dropped == {"train": ["0000", "0001"], "dev": ["0006"], "test": []}
-    assert len(rows_of(root, "test")) == 2
-
-
-def test_overlap_is_dropped_even_if_the_other_splits_are_not_prepared(
+def test_annotations_that_cannot_be_used_leave_nothing_behind(
     make_github: MakeData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_github(ALL)
-    share_questions(root)
-    assert run(root, "--splits", "train", "--drop-overlap") == 0
-    assert len(rows_of(root, "train")) == 3
-    edit_line(root / "dev.jsonl", 0, lambda record: record.update(user_content="Something else"))
-    assert run(root, "--splits", "train", "--drop-overlap") == 0
-    assert "up to date" not in capsys.readouterr().out
-    assert len(rows_of(root, "train")) == 4
-    (root / "dev.jsonl").unlink()
-    assert run(root, "--splits", "train", "--drop-overlap") == 2
+    (root / "dev.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert prepare_data(root) == 2
+    assert "Git LFS pointer" in capsys.readouterr().err
+    assert not (root / "parquet").exists()
 
 
-# -- same output, finished work --------------------------------------------------------------------
-
-
-def test_output_is_identical_for_any_number_of_workers(
-    make_github: MakeData, monkeypatch: pytest.MonkeyPatch
+def test_a_tokenizer_that_cannot_be_read_is_an_error_in_words(
+    make_github: MakeData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = make_github({"train": 1})
-    line = json.loads((root / "train.jsonl").read_text("utf-8"))
-    lines = [json.dumps({**line, "id": f"{i:04d}", "label": i % 2}) for i in range(700)]
-    (root / "train.jsonl").write_text("\n".join(lines), "utf-8")
-    contents = []
-    for workers in ("1", "2", "3"):
-        assert run(root, "--splits", "train", "--workers", workers, mode="text") == 0
-        contents.append(content_of(root))
-        shutil.rmtree(root / "parquet")
-    assert contents[0] == contents[1] == contents[2]
-    assert len(contents[0]) == 2
-
-
-def test_second_run_does_nothing_until_something_changes(
-    make_github: MakeData, noise_clip: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = make_github(ALL)
-    assert run(root) == 0
-    before = content_of(root)
-    capsys.readouterr()
-    assert run(root) == 0
-    assert "up to date" in capsys.readouterr().out
-    assert content_of(root) == before
-    noise_clip(root / "dev/0005/question.wav", 9.0)  # an input
-    assert run(root) == 0
-    assert "up to date" not in capsys.readouterr().out
-    assert rows_of(root, "dev")[0]["extra_info"]["question_seconds"] == 9.0
-    output = root / "parquet/audio/test.parquet"  # an output
-    output.write_bytes(output.read_bytes()[:-1] + b"x")
-    assert run(root) == 0
-    assert "up to date" not in capsys.readouterr().out
-    (root / "train/0001/question.wav").unlink()
-    assert run(root) == 2
-
-
-def test_failed_run_leaves_earlier_files_alone(make_github: MakeData) -> None:
-    root = make_github(ALL)
-    assert run(root) == 0
-    before = content_of(root)
-    (root / "dev/0005/question.wav").write_bytes(b"")
-    assert run(root) == 2
-    assert content_of(root) == before
-
-
-def test_preparing_one_split_keeps_what_the_report_says_of_others(make_github: MakeData) -> None:
-    root = make_github(ALL)
-    assert run(root) == 0
-    edit_line(root / "dev.jsonl", 0, lambda record: record.update(answer="Answer: entailed"))
-    assert run(root, "--splits", "dev") == 0
-    assert list(report_of(root)["splits"]) == ["train", "dev", "test"]
-    (root / "parquet/audio/test.parquet").unlink()
-    edit_line(root / "dev.jsonl", 0, lambda record: record.update(answer="Answer: not entailed"))
-    assert run(root, "--splits", "dev") == 0
-    assert list(report_of(root)["splits"]) == ["train", "dev"]
-
-
-def test_killed_run_leaves_no_half_file_and_is_picked_up(
-    make_github: MakeData, tmp_path: Path
-) -> None:
-    root = make_github({"train": 1})
-    line = json.loads((root / "train.jsonl").read_text("utf-8"))
-    line["answer"] = "word " * 1500 + "Answer: not entailed."
-    lines = [json.dumps({**line, "id": f"{i:05d}"}) for i in range(4096)]
-    (root / "train.jsonl").write_text("\n".join(lines), "utf-8")
-    command = [sys.executable, "-m", "soundmind.preprocess", "--mode", "text", "--splits", "train"]
-    command += ["--data-dir", str(root), "--tokenizer", "none", "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    work = root / "parquet/text/.work"
-    while len(list(work.glob("*.arrow"))) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)  # the parent alone: its workers must notice by themselves
-    assert process.wait() == -signal.SIGKILL
-    assert list((root / "parquet/text").glob("*.parquet")) == []
-    deadline = time.monotonic() + 30
-    while group_is_alive(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not group_is_alive(process.pid)
-    finished = {path: path.stat().st_mtime_ns for path in work.glob("*.arrow")}
-    assert finished
-    job = data_preprocess.make_job(**vars(preprocess.parse_arguments(command[3:])))
-    scanned = data_preprocess.scan_splits(job, [data_sources.find_split(root, "train")], work)
-    assert set(finished) <= set(scanned["train"].parts)
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # used as they were
-    assert run(root, "--splits", "train", mode="text") == 0
-    assert len(rows_of(root, "train", "text")) == 4096
-    assert not work.exists()
-    resumed = content_of(root)
-    shutil.rmtree(root / "parquet")
-    assert run(root, "--splits", "train", mode="text") == 0
-    assert content_of(root) == resumed
-
-
-def test_part_damaged_by_a_power_cut_is_made_again(make_github: MakeData) -> None:
-    root = make_github({"dev": 3})
-    arguments = ["--mode", "audio", "--data-dir", str(root), "--tokenizer", "none"]
-    job = data_preprocess.make_job(
-        **vars(preprocess.parse_arguments([*arguments, "--splits", "dev"]))
-    )
-    job.work.mkdir(parents=True)
-    sources = [data_sources.find_split(job.root, "dev")]
-    (part,) = data_preprocess.scan_splits(job, sources, job.work)["dev"].parts
-    part.write_bytes(bytes(part.stat().st_size))
-    assert run(root, "--splits", "dev") == 0
-    assert len(rows_of(root, "dev")) == 3
-
-
-def group_is_alive(group: int) -> bool:
-    """Whether a running process of the group is left; zombies nobody collected do not count."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            return True
-    return False
-
-
-def test_two_runs_cannot_write_the_same_folder(
-    make_github: MakeData, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = make_github(ALL)
-    work = root / "parquet/audio/.work"
-    work.mkdir(parents=True)
-    with system_files.locked(work / "lock", work.parent):
-        assert run(root) == 2
-    assert "another run is writing" in capsys.readouterr().err
-    assert run(root) == 0
-
-
-def test_nothing_but_the_results_is_left_in_the_output_folder(make_github: MakeData) -> None:
-    root = make_github(ALL)
-    assert run(root) == 0
-    names = sorted(os.listdir(root / "parquet/audio"))
-    assert names == ["dev.parquet", "report.json", "test.parquet", "train.parquet"]
-
-
-# -- embedding -------------------------------------------------------------------------------------
-
-
-def test_embedded_clips_are_the_files_own_bytes(
-    make_github: MakeData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data_write, "ROW_GROUP_BYTES", 150_000)
-    root = make_github({"train": 7})
-    assert run(root, "--splits", "train", "--embed-audio") == 0
-    file = pq.ParquetFile(root / "parquet/audio/train.parquet")
-    assert file.metadata.num_row_groups > 2
-    for row in rows_of(root, "train"):
-        assert row["audio"]["bytes"] == (root / row["audio"]["path"]).read_bytes()
-        assert row["extra_info"]["index"] == int(row["extra_info"]["id"])
-    assert json.loads(file.schema_arrow.metadata[METADATA_KEY])["embedded"] is True
+    (tmp_path / "tokenizer.json").write_text("<html></html>")
+    root = make_github({"dev": 1})
+    assert prepare_data(root, "--splits", "dev", "--tokenizer", str(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert "tokenizer.json is no tokenizer but a web page" in said and "Traceback" not in said
