@@ -33,12 +33,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from soundmind.standin.practice import MANIFEST, ROWS, SAMPLE_ROWS, build_practice, verify
+from soundmind.system.errors import command
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(
         prog="python -m soundmind.practice", description="Speak the practice set."

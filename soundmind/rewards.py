@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from soundmind.system.files import replacing
 from soundmind.task.labels import LabelSet
 from soundmind.task.rescore import component_table, read_saved, rescore
 from soundmind.task.reward import PRESETS, compute_score, resolve
@@ -29,11 +29,9 @@ __all__ = ["LabelSet", "compute_score", "main"]  # documented names, handed on
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps({k: v for k, v in line.items() if k != "row"}) + "\n")
-    os.replace(temporary, path)
 
 
 def _kwargs_from_config(path: Path) -> dict[str, Any]:

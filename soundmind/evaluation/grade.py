@@ -18,6 +18,7 @@ from soundmind.evaluation import metrics
 from soundmind.evaluation.examples import Example
 from soundmind.evaluation.text import Answer
 from soundmind.evaluation.transcripts import saved_normaliser
+from soundmind.system.files import replacing
 from soundmind.task.labels import label_of
 from soundmind.task.reward import COMPONENTS, ROW_KEYS, compute_score
 from soundmind.task.schema import DATA_SOURCES
@@ -87,9 +88,8 @@ def question_audio(example: Example, output: Path) -> str | None:
         except ValueError:
             return None  # the row's error says why
         target.parent.mkdir(exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        soundfile.write(temporary, waveform, SAMPLE_RATE, format="FLAC")
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            soundfile.write(temporary, waveform, SAMPLE_RATE, format="FLAC")
     return os.path.relpath(target, output)
 
 

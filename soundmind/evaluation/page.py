@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from urllib.parse import quote
 
 from soundmind.evaluation.metrics import NO_VERDICT, is_correct, is_truncated
 from soundmind.evaluation.tables import PRACTICE, breakdown, floor_text, headline
+from soundmind.system.files import write_text
 from soundmind.task.labels import VERDICTS, split_response
 
 TEMPLATE = "page.html.j2"
@@ -63,9 +63,7 @@ def write_report(
         is_speech="speech" in summary,
     )
     path = output / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 

@@ -54,7 +54,7 @@ from soundmind.speech.states import TalkerInputs, mark_embeddings, thinker_state
 from soundmind.speech.talker import Talker, Unspeakable
 from soundmind.speech.vocoder import SPEECH_RATE, Vocoder
 from soundmind.speech.weights import load_part, load_voice
-from soundmind.system.files import write_atomically
+from soundmind.system.files import replacing, write_atomically
 from soundmind.task.labels import parse_spoken_verdict
 
 TEXT, CODES, SOUND = "text.jsonl", "codes", "speech"
@@ -423,10 +423,8 @@ class _KeptCodes(torch.nn.Module):
 
 def write_speech(path: Path, waveform: npt.NDArray[np.float32]) -> None:
     """Write an answer's sound as 16-bit wav, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with saving(path):
+    with saving(path), replacing(path) as temporary:
         soundfile.write(temporary, waveform, SPEECH_RATE, subtype="PCM_16", format="WAV")
-        os.replace(temporary, path)
 
 
 @contextmanager

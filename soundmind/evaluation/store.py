@@ -14,7 +14,6 @@ would ask, in the same composition, so greedy answers come out the same.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from soundmind.system.files import try_lock, write_text
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -62,7 +63,7 @@ class Store:
                         f"{path} holds {PREDICTIONS} but no {CONFIG}, so it cannot be continued; "
                         "choose another --output-dir"
                     )
-                _write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+                write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
             elif _identity(stored) != _identity(config):
                 raise StoreError(
                     f"{path} holds another evaluation ({_differences(stored, config)}); choose "
@@ -155,20 +156,11 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _lock(path: Path) -> Any:
     """An exclusive lock on the folder; the system drops it when the process ends."""
-    handle = (path / ".lock").open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.close()
-        raise StoreError(f"{path}: another evaluation is running in this folder") from error
+    handle = try_lock(path / ".lock")
+    if handle is None:
+        raise StoreError(f"{path}: another evaluation is running in this folder")
     return handle
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from soundmind.model.folder import tensor_shapes
 from soundmind.model.parts import THINKER_PREFIX
+from soundmind.system.files import write_text
 
 COMPLETE = "complete.json"
 
@@ -124,9 +125,7 @@ def track(root: Path) -> None:
     if last is None:
         tracker.unlink(missing_ok=True)
         return
-    temporary = tracker.with_name(TRACKER + ".tmp")
-    temporary.write_text(str(last))
-    os.replace(temporary, tracker)
+    write_text(tracker, str(last))
 
 
 def prune(root: Path, keep: int | None) -> None:

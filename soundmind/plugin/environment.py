@@ -59,6 +59,11 @@ def is_cpu_platform() -> bool:
     return os.environ.get(PLATFORM, "").strip().lower() == "cpu"
 
 
+# vLLM compiles FlashInfer's sampler at its start, which takes nvcc and ninja; only top-k and top-p
+# would use it, and PyTorch's own code does them too.
+GPU_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
 def cpu_environment() -> dict[str, str]:
     """What every process of a run without an accelerator needs, as environment variables."""
     return {
@@ -86,7 +91,7 @@ def select(
     has two keys that need other variables than a program that generates by itself: the model inside
     that process, and the size of the cache in bytes, which `KV_CACHE` would overrule in whole GiB.
     """
-    wanted = {SELECTED: "1", **(cpu_environment() if cpu else {})}
+    wanted = {SELECTED: "1", **(cpu_environment() if cpu else GPU_ENVIRONMENT)}
     if training and cpu:
         wanted[IN_ENGINE] = "0"
         if KV_CACHE not in environment:

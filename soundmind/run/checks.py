@@ -31,7 +31,7 @@ from soundmind.planning.rules import (
 )
 from soundmind.planning.sizes import PUBLISHED, SizeError
 from soundmind.plugin import environment
-from soundmind.run import lora_checks, supported
+from soundmind.run import lora_checks, machine_checks, supported
 from soundmind.run.lora_checks import lora_targets
 
 VERL_VERSION = "0.9.1"
@@ -59,12 +59,13 @@ def find_problems(config: DictConfig) -> Iterator[str]:
     for check in (
         *(installed_versions, reward_keys, reward_settings, device, cluster, shared_prompts),
         *(lora_targets, resume, data_files),
+        *(machine_checks.driver, machine_checks.attention),
     ):
         yield from check(config)
     # These count with the numbers above, and divide by some of them.
     for check in (
         *(gpu_capacity, group_size, batch_sizes, micro_batch_sizes, tensor_parallel, lengths),
-        supported.unsupported,
+        *(supported.unsupported, machine_checks.processors, machine_checks.weight_bucket),
     ):
         if not wrong_numbers:
             yield from check(config)

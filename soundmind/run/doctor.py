@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soundmind.plugin import environment
+from soundmind.run.machine_checks import DRIVER, driver_too_old
 from soundmind.system import machine as system_machine
 from soundmind.system.files import REPOSITORY
 
@@ -110,6 +111,9 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("processor", f"{machine['processor']}, {cores} cores")
     mend = "" if memory >= 15 else "close other programs, or use a machine with 16 GiB"
     yield Finding("memory", f"{memory} GiB", mend, "train (the stand-in takes up to 14 GB)")
+    if driver := system_machine.driver_version():
+        old = int(driver.split(".")[0]) < DRIVER
+        yield Finding("driver", driver, driver_too_old(driver) if old else "", "train, evaluate")
     yield Finding("GPUs", ", ".join(machine["gpus"]) or "none: the stand-in is trained")
     free = shutil.disk_usage(REPOSITORY).free / 2**30
     mend = "" if free >= 10 else "free some disk space"

@@ -22,7 +22,6 @@ two launchers out of one folder.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -33,7 +32,7 @@ from typing import Any
 
 from soundmind.model import checkpoints
 from soundmind.run.experiment import differences, stored_experiment
-from soundmind.system.files import write_json
+from soundmind.system.files import try_lock, write_json
 
 
 class RunFolderError(RuntimeError):
@@ -64,7 +63,7 @@ class RunFolder:
         """
         chosen = choose_run(root, name, experiment, resume, steps)
         for path in chosen.paths:
-            lock = _try_lock(path)
+            lock = try_lock(path / ".lock")
             if lock is not None:
                 folder = cls(path, resumed=True, notes=chosen.notes, _lock=lock)
                 if (path / "summary.json").exists():
@@ -75,7 +74,7 @@ class RunFolder:
             raise RunFolderError(f"run.resume={resume}: another process is running in it")
         path = _new_folder(root / name)
         write_json(path / "experiment.json", experiment)
-        return cls(path, resumed=False, notes=chosen.notes, _lock=_try_lock(path))
+        return cls(path, resumed=False, notes=chosen.notes, _lock=try_lock(path / ".lock"))
 
     def last_checkpoint(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -203,14 +202,3 @@ def _new_folder(parent: Path) -> Path:
             continue
         return path
     raise RunFolderError(f"{parent}: a hundred runs started in one second")
-
-
-def _try_lock(path: Path) -> Any | None:
-    """An exclusive lock on the folder, released when the process ends however it ends."""
-    handle = (path / ".lock").open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        return None
-    return handle

@@ -29,7 +29,8 @@ from soundmind.data.audio import SAMPLE_RATE
 from soundmind.standin.controls import length_control
 from soundmind.standin.espeak import speak
 from soundmind.standin.syllogism import NAMES, NOUNS, Syllogism
-from soundmind.system.files import write_atomically
+from soundmind.system.errors import UserError
+from soundmind.system.files import locked, write_atomically
 from soundmind.system.machine import cores
 
 # To be raised with every change that alters a byte of the set (tests compare data/sample).
@@ -232,16 +233,34 @@ def settings(seed: int, rows: dict[str, int]) -> dict[str, Any]:
 def build_practice(
     output: Path, *, seed: int = 0, rows: dict[str, int] | None = None, workers: int | None = None
 ) -> dict[str, Any]:
-    """Bring the set in `output` up to date and return its manifest."""
-    rows = ROWS if rows is None else rows
+    """Bring the set in `output` up to date and return its manifest.
+
+    UserError where another process is building it, or where the folder holds other data.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = output / ".lock"
+    with locked(lock, output):
+        try:
+            return _build_locked(output, seed, ROWS if rows is None else rows, workers)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _build_locked(
+    output: Path, seed: int, rows: dict[str, int], workers: int | None
+) -> dict[str, Any]:
     wanted = settings(seed, rows)
     manifest = read_manifest(output)
+    if not manifest and (strange := [split for split in rows if (output / split).exists()]):
+        raise UserError(
+            f"{output / strange[0]} is there and {output / MANIFEST} is not: this is no practice set, "
+            "and building one would replace it; name another folder with --output"
+        )
     if manifest.get("settings") == wanted and is_complete(output, manifest):
         print(f"{output}: up to date", flush=True)
         return manifest
 
     started = time.monotonic()
-    output.mkdir(parents=True, exist_ok=True)
     done: dict[str, Any] = {}
     if manifest.get("settings") == wanted:  # an interrupted run: keep what it finished
         done = {
@@ -252,6 +271,7 @@ def build_practice(
     for split in rows:
         if split not in done:
             (output / f"{split}.jsonl").unlink(missing_ok=True)
+    _write_json(output / MANIFEST, {"settings": wanted, "splits": done})  # from here on it is ours
     seconds: dict[str, list[float]] = {}
     with _worker_pool(workers) as pool:
         for split in rows:

@@ -100,18 +100,25 @@ def try_lock(path: Path) -> IO[str] | None:
     Held until the handle is closed or the process ends, however it ends. OSError, with the name of
     the file, on file systems that have no locks.
     """
+    handle = path.open("w")
+    if lock_file(handle, path):
+        return handle
+    handle.close()
+    return None
+
+
+def lock_file(handle: IO[Any], path: Path) -> bool:
+    """Lock the open file `handle`, of name `path`, as `try_lock` does; False while another has it."""
     import fcntl
 
-    handle = path.open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        handle.close()
-        return None
+        return False
     except OSError as error:
         handle.close()
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-    return handle
+    return True
 
 
 @contextlib.contextmanager

@@ -9,13 +9,13 @@ never taken for a new one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from soundmind.system.errors import UserError
+from soundmind.system.files import lock_file
 
 
 class JournalError(UserError):
@@ -31,11 +31,9 @@ class Journal:
         self.entries: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not lock_file(self._file, path):
             self._file.close()
-            raise JournalError(f"{path} is in use; wait for the other process to end") from error
+            raise JournalError(f"{path} is in use; wait for the other process to end")
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file, 1):

@@ -161,6 +161,11 @@ def gpu_memory() -> list[int]:
     return [int(value) * 2**20 for value in mine if value.isdigit()]
 
 
+def driver_version() -> str:
+    """Version of NVIDIA's driver (`580.65.06`); empty without one."""
+    return next(iter(_query_gpus("driver_version")), "")
+
+
 def _visible(count: int) -> list[int | str]:
     """The machine's `count` GPUs that `CUDA_VISIBLE_DEVICES` leaves, by number, in its order.
 

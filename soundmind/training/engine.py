@@ -9,7 +9,7 @@ The numerics are verl's (`FSDPEngineWithLMHead`); what is changed, and why:
 3. Weight names get the prefix `thinker.`, which vLLM's Omni model expects.
 4. LoRA adapters stand in the language model alone, are kept in float32 beside a base in bfloat16,
    and reach the rollout merged (`soundmind.model.lora`).
-5. Without an accelerator: no pinned memory.
+5. Without an accelerator: no pinned memory. With `forward_prefetch`: the layer that comes next.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import verl.utils.model as verl_model
 import verl.workers.engine.fsdp.transformer_impl as fsdp
+from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as THINKER
 from verl.utils.device import get_device_name
 from verl.workers.config.optimizer import build_optimizer
@@ -79,6 +81,25 @@ def training_class(thinker_class: type) -> type:
 
     TrainingThinker.__name__ = thinker_class.__name__
     return TrainingThinker
+
+
+def prefetch_in_order(module: torch.nn.Module) -> None:
+    """Let every FSDP2 unit of the thinker gather the one that computes next.
+
+    verl goes by the order in which modules are named: the last audio layer would gather the embedding
+    table, which has been used by then, and nothing would gather the first one.
+    """
+    order = ("embed_tokens", "audio_tower.layers.", "model.layers.", "lm_head")
+    units: list[list[FSDPModule]] = [[] for _ in order]
+    for name, unit in module.named_modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_modules_to_forward_prefetch([])
+            for place, part in enumerate(order):
+                if part in name:
+                    units[place].append(unit)
+    chain = [unit for part in units for unit in part]
+    for unit, following in pairwise(chain):
+        unit.set_modules_to_forward_prefetch([following])
 
 
 @EngineRegistry.register(
@@ -161,15 +182,17 @@ class OmniFSDPEngine(OmniMicroBatches):
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         self._print_parts(module)
-        if get_device_name() != "cpu":
-            return super()._build_fsdp_module(module)
-        # The reference model asks for pinned host memory, which needs an accelerator.
         stock = fsdp.CPUOffloadPolicy
-        fsdp.CPUOffloadPolicy = lambda pin_memory=False: stock(pin_memory=False)
+        if get_device_name() == "cpu":
+            # The reference model asks for pinned host memory, which needs an accelerator.
+            fsdp.CPUOffloadPolicy = lambda pin_memory=False: stock(pin_memory=False)
         try:
-            return super()._build_fsdp_module(module)
+            module = super()._build_fsdp_module(module)
         finally:
             fsdp.CPUOffloadPolicy = stock
+        if self.engine_config.forward_prefetch and self.engine_config.strategy == "fsdp2":
+            prefetch_in_order(module)
+        return module
 
     def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
         if self.engine_config.strategy != "fsdp2":

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from soundmind.system.files import write_text
+
 
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, flat, under verl's own keys plus `step`.
@@ -23,9 +25,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line, step) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def append(self, step: int, metrics: dict[str, Any]) -> None:
         """Write one line and flush it to disk."""

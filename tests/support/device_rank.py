@@ -18,7 +18,7 @@ from engine_rank import build_rows, open_engine, rank_parser, store_clips, to_ba
 
 BF16 = "mixed_precision={param_dtype:bf16,reduce_dtype:fp32,buffer_dtype:fp32}"
 ROLES = {
-    "policy": [],
+    "policy": ["actor_rollout_ref.actor.fsdp_config.forward_prefetch=true"],
     "policy-offloaded": ["actor_rollout_ref.actor.fsdp_config.param_offload=true"],
     "reference": [
         "actor_rollout_ref.actor.fsdp_config.forward_only=true",
@@ -74,6 +74,29 @@ def one_pass(engine: Any, actor: Any, batch: str, way: str) -> str:
     return "none"
 
 
+def gathered_in_vain(engine: Any, actor: Any) -> list[str]:
+    """FSDP2 units that are gathered ahead after they have run, or without running at all."""
+    from torch.distributed.fsdp import FSDPModule
+
+    ran: list[str] = []
+    units = {n: m for n, m in engine.module.named_modules() if isinstance(m, FSDPModule)}
+    names = {id(unit._get_fsdp_state()): name for name, unit in units.items()}
+    hooks = [
+        unit.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, unit in units.items()
+    ]
+    one_pass(engine, actor, "mixed", "packed")
+    for hook in hooks:
+        hook.remove()
+    assert sum(bool(unit._get_fsdp_state()._states_to_forward_prefetch) for unit in units.values())
+    return [
+        f"{name} gathers {names[id(ahead)] or 'the root'}"
+        for name, unit in units.items()
+        for ahead in unit._get_fsdp_state()._states_to_forward_prefetch
+        if names[id(ahead)] not in ran or ran.index(names[id(ahead)]) <= ran.index(name)
+    ]
+
+
 def mixed() -> str:
     """What a sum over both devices is answered with."""
     import torch
@@ -92,12 +115,16 @@ def main() -> None:
     parser.add_argument("roles", nargs="+", choices=ROLES)
     arguments = parser.parse_args()
     found: dict[str, dict[str, str]] = {}
+    vain: list[str] = []
     for role in arguments.roles:
         overrides = [f"+actor_rollout_ref.actor.fsdp_config.{BF16}", *ROLES[role]]
         engine, actor = open_engine(arguments.model, 0, 1, arguments.rendezvous, overrides)
         found[role] = {
             f"{batch} {way}": one_pass(engine, actor, batch, way) for batch, way in CASES
         }
+        if role == "policy":
+            vain = gathered_in_vain(engine, actor)
+    found["prefetch"] = {"in vain": ", ".join(vain)}
     found["labels"] = {"mixed": mixed()}
     import torch
     import torch.distributed as dist

@@ -44,3 +44,7 @@ def test_no_operation_mixes_devices(found: dict[str, dict[str, str]], role: str,
 
 def test_labels_tell_devices_apart(found: dict[str, dict[str, str]]) -> None:
     assert found["labels"]["mixed"] == "aten::add: (2,) on cuda:0, (2,) on cpu"
+
+
+def test_what_is_gathered_ahead_is_what_runs_next(found: dict[str, dict[str, str]]) -> None:
+    assert found["prefetch"]["in vain"] == ""
