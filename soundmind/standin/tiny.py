@@ -26,7 +26,8 @@ END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
 
 
-# The published names. The last three are the thinker's marks for the talker.
+# The published names. The last three are the thinker's marks for the talker; in published folders
+# these are ids beyond the tokenizer's.
 SPECIAL_TOKENS = (
     *(PADDING, "<|im_start|>", END_OF_TURN, "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
     *("<|IMAGE|>", "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"),
@@ -148,7 +149,7 @@ def build_processor(tokenizer: Qwen2TokenizerFast) -> Any:
 
 
 def build_config(tokenizer: Qwen2TokenizerFast) -> Any:
-    """Qwen2_5OmniConfig as published, with small sizes and the ids of our own tokenizer."""
+    """Qwen2_5OmniConfig with the published keys, small sizes and the ids of our own tokenizer."""
     from transformers import Qwen2_5OmniConfig
 
     def token_id(text: str) -> int:
@@ -186,7 +187,7 @@ def build_config(tokenizer: Qwen2TokenizerFast) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": MAX_POSITIONS,
         "rope_parameters": rope,
-        "tie_word_embeddings": False,  # as published; the class default is True and vLLM reads it
+        "tie_word_embeddings": False,  # as published, at this level; the class default is True
         "initializer_range": INITIALIZER_RANGE,
         "pad_token_id": token_id(PADDING),
         "eos_token_id": token_id(END_OF_TURN),
@@ -208,7 +209,7 @@ def build_config(tokenizer: Qwen2TokenizerFast) -> Any:
         "initializer_range": INITIALIZER_RANGE,
         "pad_token_id": token_id(PADDING),
     }
-    # Codec sizes and codec ids stay as published, so that `generate` works with its own defaults.
+    # The talker's codec ids stay as published, so that `generate` works with its own defaults.
     talker = {
         **audio_ids,
         "tts_text_start_token_id": token_id("<tts_text_bos>"),
@@ -230,7 +231,7 @@ def build_config(tokenizer: Qwen2TokenizerFast) -> Any:
             "num_attention_heads": 2,
             "head_dim": 16,
             "emb_dim": 16,
-            "num_embeds": 8448,  # all codes of the talker; an untrained one says any of them
+            "num_embeds": 8448,  # published: 8193; an untrained talker says any of its codes
             "look_ahead_layers": [0],
             "look_backward_layers": [0],
             "enc_emb_dim": 16,
