@@ -15,10 +15,12 @@ left out is counted and listed with its place. docs/making_data.md tells more.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from soundmind import preprocess
 from soundmind.making.check import Listener, ListeningCommand, ListeningModel
@@ -100,6 +102,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reported-model", help="how the server calls the model (default: as in its first answer)")
     add("--tries", type=int, default=3, help="of a row (default: 3)")
     add("--max-tokens", type=int, default=8192, help="of one answer (default: 8192)")
+    add(
+        "--teacher-body", default="{}", help='more of the request, e.g. {"reasoning_effort": "low"}'
+    )
     add("--temperature", type=float, default=0.6)
     add("--answer-words", type=int, nargs=2, default=[50, 6000], metavar=("MIN", "MAX"))
     add("--concurrency", type=int, default=16, help="requests under way at once (default: 16)")
@@ -177,6 +182,16 @@ def _resolve(arguments: argparse.Namespace) -> Making:
             raise UserError(
                 f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}"
             )
+    for name in ("per_minute", "timeout", "max_cost", "max_total_tokens", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if min(arguments.price) < 0 or arguments.max_wer < 0 or arguments.again < 0:
+        raise UserError("--price, --max-wer and --again cannot be negative")
+    if arguments.max_cost is not None and max(arguments.price) == 0:
+        raise UserError("--max-cost needs --price: without it everything costs nothing")
+    if not 0 <= arguments.answer_words[0] <= arguments.answer_words[1]:
+        raise UserError(f"--answer-words: {arguments.answer_words} is no range")
     if "triples" in arguments.stages and not arguments.source:
         raise UserError("the stage triples reads files: name them with --source")
     if bool(arguments.teacher_url) != bool(arguments.teacher_model):
@@ -201,7 +216,8 @@ def _resolve(arguments: argparse.Namespace) -> Making:
             prices=Prices(*arguments.price),
         )
 
-    engine: Engine = Espeak(arguments.speed)
+    wording = Wording.load(arguments.wording)
+    engine: Engine = Espeak(arguments.speed, wording.repeated())
     if arguments.speech_url:
         engine = Server(
             client(arguments.speech_url, arguments.speech_model, arguments.speech_key_env)
@@ -215,6 +231,7 @@ def _resolve(arguments: argparse.Namespace) -> Making:
         )
     elif arguments.recogniser and "check" in arguments.stages:
         listener = ListeningModel(arguments.recogniser)
+    voices = list(dict.fromkeys(arguments.voices or DEFAULT_VOICES))
     teacher = None
     if arguments.teacher_url:
         teacher = client(arguments.teacher_url, arguments.teacher_model, arguments.teacher_key_env)
@@ -222,7 +239,7 @@ def _resolve(arguments: argparse.Namespace) -> Making:
         output=arguments.output,
         sources=arguments.source,
         exclude=arguments.exclude,
-        wording=Wording.load(arguments.wording),
+        wording=wording,
         shares=shares,
         balanced=arguments.balance,
         limit=arguments.limit,
@@ -236,10 +253,11 @@ def _resolve(arguments: argparse.Namespace) -> Making:
             min_words=arguments.answer_words[0],
             max_words=arguments.answer_words[1],
             reported_model=arguments.reported_model,
+            extra=_extra(arguments.teacher_body),
             patience=arguments.patience,
         ),
         engine=engine,
-        voices=arguments.voices or DEFAULT_VOICES,
+        voices=voices,
         separate_voices=arguments.separate_voices,
         speak_answers=not arguments.questions_only,
         listener=listener,
@@ -249,6 +267,16 @@ def _resolve(arguments: argparse.Namespace) -> Making:
         licence=arguments.licence,
         workers=arguments.workers,
     )
+
+
+def _extra(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or {"model", "messages"} & value.keys():
+        raise UserError(f"--teacher-body {text!r}: write a JSON object, without model and messages")
+    return value
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -41,6 +41,9 @@ def write_set(
         if not mine:  # of an earlier run with other splits
             shutil.rmtree(output / split, ignore_errors=True)
             (output / f"{split}.jsonl").unlink(missing_ok=True)
+            for parquet in output.glob(f"parquet/*/{split}.parquet"):
+                parquet.unlink()
+                parquet.with_name("report.json").unlink(missing_ok=True)
             continue
         width = max(4, len(str(len(mine))))
         numbered = [(f"{number:0{width}d}", row) for number, row in enumerate(mine, 1)]

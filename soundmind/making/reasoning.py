@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class Settings:
     min_words: int = 50
     max_words: int = 6000
     reported_model: str | None = None  # as the server calls itself; None: as in its first answer
+    extra: Mapping[str, Any] = field(default_factory=dict)  # into the body; null takes a key out
     patience: int = 50  # answers in a row that are not kept before the stage stops
 
     def request(self, wording: Wording, key: str, question: str, attempt: int) -> dict[str, Any]:
@@ -63,6 +64,7 @@ class Settings:
                 {"role": "user", "content": question},
             ],
             "max_tokens": self.max_tokens,
+            "extra": self.extra,
             "temperature": self.temperature,
             "seed": int.from_bytes(digest[:4], "big") >> 1,
         }
@@ -128,8 +130,7 @@ async def ask_rows(
     result = Reasoned()
     model = settings.reported_model or ""
     if not model and client.journal is not None:
-        answers = (entry["answer"] for entry in client.journal.entries.values() if entry["answer"])
-        model = next((answer["model"] for answer in answers), "")
+        model = first_model(client)
     in_vain = 0
 
     async def ask(row: dict[str, Any]) -> None:
@@ -166,6 +167,13 @@ async def ask_rows(
     return result
 
 
+def first_model(client: Client) -> str:
+    """How the server called itself in the first answer of the model that is asked."""
+    entries = client.journal.entries.values() if client.journal else ()
+    found = (entry for entry in entries if entry["answer"] and entry["asked"] == client.model)
+    return next((str(entry["answer"]["model"]) for entry in found), "")
+
+
 def estimate(
     rows: Sequence[dict[str, Any]], client: Client, wording: Wording, settings: Settings
 ) -> tuple[int, Usage, Usage]:
@@ -181,12 +189,10 @@ def estimate(
         expected = round(sum(a["completion_tokens"] for a in answered) / len(answered))
     for row in rows:
         request = settings.request(wording, row["key"], row["user_content"], 0)
-        if client.kept(client.body(**request)) is not None:
+        if client.is_kept(**request):
             continue
         left += 1
-        written = len((wording.teacher + row["user_content"]).encode())
-        likely.add(Usage(1, written // 4, min(expected, settings.max_tokens)))
-        most.add(
-            Usage(settings.tries, settings.tries * written, settings.tries * settings.max_tokens)
-        )
+        written, tries = len((wording.teacher + row["user_content"]).encode()), settings.tries
+        likely.add(client.prices.used(written // 4, min(expected, settings.max_tokens)))
+        most.add(client.prices.used(tries * written, tries * settings.max_tokens, tries))
     return left, likely, most

@@ -25,10 +25,12 @@ import subprocess
 import tempfile
 import threading
 import time
+import wave as wave_file
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +52,7 @@ SILENCE = 1e-3  # of full scale; below it is no sound
 FRAME = RATE // 20  # samples; loudness is judged in pieces of 50 ms
 SECONDS_A_WORD = (0.08, 2.0)  # faster is cut, slower is endless
 GRACE_SECONDS = 3.0
+PARAGRAPH_SECONDS = 0.3  # of silence between two paragraphs of espeak-ng
 LARGEST_FILE = 512 << 20  # bytes of a command's output
 FORMAT = 1  # a change of what is done to every clip makes all of them anew
 
@@ -102,6 +105,7 @@ class Espeak:
     """The embedded synthesiser."""
 
     speed: int = 165  # words a minute, as published
+    repeated: frozenset[str] = frozenset()  # paragraphs of many texts, spoken once a voice
 
     def describe(self) -> str:
         return f"espeak-ng at {self.speed} words a minute"
@@ -116,9 +120,27 @@ class Espeak:
     def sound(self, utterance: Utterance) -> tuple[npt.NDArray[Any], int]:
         speed = max(80, self.speed - 15 * utterance.attempt)  # again, more slowly
         try:
-            return speak(utterance.text, voice=utterance.voice, speed=speed)
+            sounds = [
+                (_speak_once if paragraph in self.repeated else speak_paragraph)(
+                    paragraph, utterance.voice, speed
+                )
+                for paragraph in utterance.text.split("\n\n")
+                if paragraph.strip()
+            ]
         except SpeechError as error:
             raise ClipFault("no-speech", str(error)) from error
+        rate = sounds[0][1]
+        pause = np.zeros(round(PARAGRAPH_SECONDS * rate), dtype=np.float32)
+        pieces = [piece for samples, _ in sounds for piece in (samples, pause)]
+        return np.concatenate(pieces[:-1]), rate
+
+
+def speak_paragraph(text: str, voice: str, speed: int) -> tuple[Wave, int]:
+    """Samples and rate of one paragraph by espeak-ng."""
+    return speak(text, voice=voice, speed=speed)
+
+
+_speak_once = lru_cache(maxsize=128)(speak_paragraph)  # a few megabytes each, in every worker
 
 
 @dataclass(frozen=True)
@@ -294,23 +316,23 @@ def even(samples: npt.NDArray[Any], rate: int, num_words: int) -> Wave:
     whole = (
         wave[: wave.size // FRAME * FRAME].reshape(-1, FRAME) if wave.size >= FRAME else wave[None]
     )
-    power = np.square(whole).mean(axis=1)
+    power = np.einsum("ij,ij->i", whole, whole) / whole.shape[1]
     sounding = power[power > max(SILENCE**2, power.max() * 1e-3)]
     if sounding.size * FRAME < fast * num_words * RATE / 2:
         raise ClipFault(
             "silent", f"{sounding.size * FRAME / RATE:.2f} s of sound in {seconds:.1f} s"
         )
     gain = 10 ** (LOUDNESS / 20) / float(np.sqrt(sounding.mean()))
-    loud: Wave = wave * np.float32(min(gain, PEAK / float(np.abs(wave).max())))
+    loud: Wave = wave * np.float32(min(gain, PEAK / max(float(wave.max()), -float(wave.min()))))
     return loud
 
 
 def save(path: Path, wave: Wave) -> int:
     """Write 16-bit wav under its name, complete or not at all; its bytes."""
-    import soundfile
-
     file = io.BytesIO()
-    soundfile.write(file, np.round(wave * 32_767).astype(np.int16), RATE, format="WAV")
+    with wave_file.open(file, "wb") as writer:
+        writer.setparams((1, 2, RATE, 0, "NONE", ""))
+        writer.writeframes(np.rint(wave * np.float32(32_767)).astype("<i2").tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, file.getvalue())
     return file.tell()

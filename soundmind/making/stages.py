@@ -208,9 +208,9 @@ def _reasoning(making: Making, rows: Rows) -> Made:
         left, likely, most = reasoning.estimate(rows, client, making.wording, making.asking)
         print(
             f"reasoning: {left} of {len(rows)} rows to ask; about "
-            f"{likely.tokens:,} tokens for {client.prices.of(likely):.2f}, at most {most.tokens:,} for "
-            f"{client.prices.of(most):.2f} with {making.asking.tries} tries; spent before: "
-            f"{client.cost:.4f}",
+            f"{likely.tokens:,} tokens for {likely.cost:.2f}, at most {most.tokens:,} for "
+            f"{most.cost:.2f} with {making.asking.tries} tries; spent before: "
+            f"{client.usage.cost:.4f}",
             flush=True,
         )
 
@@ -227,14 +227,14 @@ def _reasoning(making: Making, rows: Rows) -> Made:
             usage = client.usage
             print(
                 f"reasoning: {usage.requests} requests, {usage.prompt_tokens:,} + "
-                f"{usage.completion_tokens:,} tokens, cost {client.cost:.4f} in all"
+                f"{usage.completion_tokens:,} tokens, cost {client.usage.cost:.4f} in all"
                 + (
                     f"; {client.lost} of them sent and never answered, counted in full"
                     * (client.lost > 0)
                 ),
                 flush=True,
             )
-        answers = [entry["answer"] for entry in journal.entries.values() if entry["answer"]]
+        reported = making.asking.reported_model or reasoning.first_model(client)
     made = [
         {
             **row,
@@ -244,13 +244,12 @@ def _reasoning(making: Making, rows: Rows) -> Made:
         for row in rows
         if row["key"] in result.answers
     ]
-    spent = {**asdict(usage), "cost": client.cost, "lost": client.lost}
     order = {row["key"]: place for place, row in enumerate(rows)}
     dropped = sorted(result.dropped, key=lambda item: order[item.key])
     extra = {
         "answers_not_kept": dict(sorted(result.faults.items())),
-        "teacher_model": making.asking.reported_model or answers[0]["model"] if answers else None,
-        "spent": spent,
+        "teacher_model": reported,
+        "spent": {**asdict(usage), "lost": client.lost},
     }
     return made, dropped, extra
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from soundmind.making.near import are_alike, find_alike, pairs_of, plain
+from soundmind.making.near import are_alike, find_alike, pairs_of, plain, words_of
 from soundmind.making.words import Parts, Wording
 from soundmind.system.errors import UserError
 
@@ -40,6 +40,7 @@ _SENTENCES = re.compile(
 # Exam stems are shared by unrelated questions; they give nothing away.
 _STEM = re.compile(r"[?？:：]\W*$|\bwhich of\b|\bthe followings?\b", re.IGNORECASE)
 _MARGIN = 3.0  # log-likelihood a root of a byte; 20 to 1 for the other language, at any length
+TELLING_WORDS = 10  # a sentence of so many words gives a held-out premise away that it is part of
 LONGEST_PART = 20_000  # characters
 
 
@@ -64,7 +65,9 @@ class Dropped:
     detail: str = ""
 
 
-def read(path: Path, wording: Wording) -> tuple[list[Triple], list[Dropped]]:
+def read(
+    path: Path, wording: Wording, needs_label: bool = True
+) -> tuple[list[Triple], list[Dropped]]:
     """Triples of one JSON lines file, and the lines that hold none."""
     if not path.is_file():
         raise UserError(f"{path} not found; --source and --exclude take JSON lines files")
@@ -76,7 +79,7 @@ def read(path: Path, wording: Wording) -> tuple[list[Triple], list[Dropped]]:
             if not data.strip():
                 continue
             try:
-                parts, label = _read_line(data.removeprefix(b"\xef\xbb\xbf"), wording)
+                parts, label = _read_line(data.removeprefix(b"\xef\xbb\xbf"), wording, needs_label)
             except _Unusable as error:
                 dropped.append(Dropped("", where, error.reason, str(error)))
                 continue
@@ -95,7 +98,7 @@ class _Unusable(ValueError):
         self.reason = reason
 
 
-def _read_line(data: bytes, wording: Wording) -> tuple[Parts, int]:
+def _read_line(data: bytes, wording: Wording, needs_label: bool) -> tuple[Parts, int]:
     try:
         record = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -111,9 +114,9 @@ def _read_line(data: bytes, wording: Wording) -> tuple[Parts, int]:
         if len(part) > LONGEST_PART or not _is_unicode(part):
             raise _Unusable("broken-text", f"{name} has {len(part)} characters or broken ones")
     written = str(record.get("label")).lower().replace("-", " ").replace("_", " ").strip()
-    if written not in LABELS:
+    if written not in LABELS and needs_label:
         raise _Unusable("bad-label", f"label {record.get('label')!r}")
-    return parts, LABELS[written]
+    return parts, LABELS.get(written, 0)
 
 
 def _joined(value: object) -> Any:
@@ -210,8 +213,8 @@ def keep_usable(
 
 def _leaks(triples: Sequence[Triple], held_out: Sequence[Triple]) -> dict[int, tuple[str, str]]:
     """Rows that share a premise, or all, with a held-out row: their reason and that row's place."""
-    texts, rows = _premises(triples)
-    their_texts, their_rows = _premises(held_out)
+    texts, rows = _premises(triples, with_sentences=True)
+    their_texts, their_rows = _premises(held_out, with_sentences=True)
     leaks: dict[int, tuple[str, str]] = {}
     for i, j in find_alike([*map(pairs_of, texts)], [*map(pairs_of, their_texts)]):
         for row in rows[i]:
@@ -230,13 +233,20 @@ def _leaks(triples: Sequence[Triple], held_out: Sequence[Triple]) -> dict[int, t
     return leaks
 
 
-def _premises(triples: Sequence[Triple]) -> tuple[list[str], list[list[int]]]:
-    """Different premise texts, and the rows that have each: major, minor, and both as one."""
+def _premises(
+    triples: Sequence[Triple], with_sentences: bool = False
+) -> tuple[list[str], list[list[int]]]:
+    """Different premise texts, and the rows that have each: major, minor, both as one, and their
+    longer sentences if wanted."""
     rows: dict[str, list[int]] = defaultdict(list)
     for index, triple in enumerate(triples):
         major, minor, _ = triple.parts
         stem = _STEM.search(minor) is not None or len(plain(minor).split()) < 3
-        for text in {plain(major), *(() if stem else (plain(minor), plain(f"{major} {minor}")))}:
+        texts = [major] if stem else [major, minor, f"{major} {minor}"]
+        if with_sentences:
+            sentences = _SENTENCES.split(texts[-1])
+            texts += [s for s in sentences if len(words_of(s)) >= TELLING_WORDS]
+        for text in set(map(plain, texts)):
             rows[text].append(index)
     return list(rows), list(rows.values())
 
@@ -354,7 +364,7 @@ def run(
         dropped += bad
     held_out: list[Triple] = []
     for path in exclude:
-        triples, bad = read(path, wording)
+        triples, bad = read(path, wording, needs_label=False)
         if bad:  # a comparison that cannot be made is an error
             raise UserError(
                 f"{path}: {len(bad)} lines cannot be compared, first {bad[0].where}: {bad[0].reason}, "

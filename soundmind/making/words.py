@@ -116,6 +116,11 @@ class Wording:
         values = dict(zip(_PLACES, parts, strict=True))
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.question_template)
 
+    def repeated(self) -> frozenset[str]:
+        """Spoken paragraphs that every question has."""
+        paragraphs = self.question_template.split("\n\n")
+        return frozenset(self.spoken(text) for text in paragraphs if "{" not in text)
+
     def parts(self, question: str) -> Parts | None:
         """The parts of a question that this template made, else None."""
         match = self._reading.fullmatch(question)

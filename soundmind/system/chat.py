@@ -20,7 +20,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -53,6 +53,7 @@ class Usage:
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost: float = 0.0  # at the prices of the day
 
     @property
     def tokens(self) -> int:
@@ -64,6 +65,7 @@ class Usage:
         self.requests += sign * other.requests
         self.prompt_tokens += sign * other.prompt_tokens
         self.completion_tokens += sign * other.completion_tokens
+        self.cost += sign * other.cost
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class Prices:
     prompt: float = 0.0
     completion: float = 0.0
 
-    def of(self, usage: Usage) -> float:
-        """Cost of what was used."""
-        return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
+    def used(self, prompt_tokens: int, completion_tokens: int, requests: int = 1) -> Usage:
+        """So many tokens with what they cost."""
+        cost = (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+        return Usage(requests, prompt_tokens, completion_tokens, cost)
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,10 @@ class Budget:
     tokens: int | None = None  # of prompts and completions
     requests: int | None = None
 
-    def allows(self, usage: Usage, prices: Prices) -> bool:
+    def allows(self, usage: Usage) -> bool:
         """Whether so much may be spent."""
         return (
-            (self.cost is None or prices.of(usage) <= self.cost)
+            (self.cost is None or usage.cost <= self.cost)
             and (self.tokens is None or usage.tokens <= self.tokens)
             and (self.requests is None or usage.requests <= self.requests)
         )
@@ -132,16 +135,11 @@ class Client:
         self._reserved = Usage()
         self._next_start = 0.0
         for entry in self.journal.entries.values() if self.journal else ():
-            lost, most = entry["lost"], entry["most"]
-            self.lost += lost
-            self.usage.add(Usage(lost, lost * most[0], lost * most[1]))
+            self.lost += entry["lost"]
+            for _ in range(entry["lost"]):
+                self.usage.add(Usage(**entry["most"]))
             if entry["answer"]:
-                self.usage.add(_spent(Completion(**entry["answer"])))
-
-    @property
-    def cost(self) -> float:
-        """What was spent, in the currency of `prices`."""
-        return self.prices.of(self.usage)
+                self.usage.add(Usage(**entry["spent"]))
 
     async def __aenter__(self) -> Client:
         try:
@@ -163,21 +161,36 @@ class Client:
         entry = self.journal.entries.get(_key(body)) if self.journal else None
         return Completion(**entry["answer"]) if entry and entry["answer"] else None
 
-    def body(self, messages: list[dict[str, Any]], **parameters: Any) -> dict[str, Any]:
-        """The body of a chat request; `parameters`: max_tokens, temperature, seed, ..."""
-        return {"model": self.model, "messages": messages, **parameters}
+    def is_kept(self, **request: Any) -> bool:
+        """Whether `chat` with these arguments would be answered from the journal."""
+        return self.kept(self.body(**request)) is not None
+
+    def body(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        max_tokens: int,
+        extra: Mapping[str, Any] | None = None,
+        **parameters: Any,
+    ) -> dict[str, Any]:
+        """The body of a chat request: `parameters` (temperature, seed, ...), `extra` over them, and
+        nothing that is None."""
+        body = {"model": self.model, "messages": messages, "max_tokens": max_tokens}
+        body |= {**parameters, **(extra or {})}
+        return {name: value for name, value in body.items() if value is not None}
 
     async def chat(
         self, messages: list[dict[str, Any]], *, max_tokens: int, **parameters: Any
     ) -> Completion:
-        """Ask one question. Raises ServerError, BudgetReached and JournalError; other trouble is
-        in `Completion.error`."""
+        """Ask one question; arguments as for `body`. Raises ServerError, BudgetReached and
+        JournalError; other trouble is in `Completion.error`."""
         body = self.body(messages, max_tokens=max_tokens, **parameters)
         kept = self.kept(body)
         if kept is not None:
             return kept
         # No token is shorter than a byte, and a message adds a few of its own.
-        most = Usage(1, len(json.dumps(body).encode()) + 8 * len(messages), max_tokens)
+        written = len(json.dumps(body).encode()) + 8 * len(messages)
+        most = self.prices.used(written, max_tokens)
         answer: Completion = await self._ask("chat/completions", body, most, _read_completion)
         return answer
 
@@ -235,8 +248,9 @@ class Client:
                     self.lost += 1
                     self.usage.add(most)
                 if isinstance(answer, Completion) and answer.error is None:
-                    self.usage.add(_spent(answer))
-                    self._note(key, most, lost, answer)
+                    spent = self.prices.used(answer.prompt_tokens, answer.completion_tokens)
+                    self.usage.add(spent)
+                    self._note(key, most, lost, answer, spent)
                 else:
                     self._note(key, most, lost)
             finally:
@@ -284,14 +298,23 @@ class Client:
             )
         return Completion(error=problem), ""
 
-    def _note(self, key: str, most: Usage, lost: int, answer: Completion | None = None) -> None:
+    def _note(
+        self,
+        key: str,
+        most: Usage,
+        lost: int,
+        answer: Completion | None = None,
+        spent: Usage | None = None,
+    ) -> None:
         if self.journal is not None:
             self.journal.append(
                 key,
                 flush=answer is not None,
                 lost=lost,
-                most=[most.prompt_tokens, most.completion_tokens],
+                most=asdict(most),
+                asked=self.model,
                 answer=asdict(answer) if answer else None,
+                spent=asdict(spent) if spent else None,
             )
 
     async def _reserve(self, most: Usage) -> None:
@@ -300,13 +323,13 @@ class Client:
             sum_ = Usage()
             for part in (self.usage, self._reserved, most):
                 sum_.add(part)
-            if self.budget.allows(sum_, self.prices):
+            if self.budget.allows(sum_):
                 self._reserved.add(most)
                 return
             if not self._reserved.requests:
                 raise BudgetReached(
                     f"{self.usage.requests} requests, {self.usage.tokens} tokens and a cost of "
-                    f"{self.cost:.4f} are spent, and the next request could pass the budget. All "
+                    f"{self.usage.cost:.4f} are spent, and the next request could pass the budget. All "
                     "answers are kept; run the same command again with a larger budget"
                 )
             await asyncio.sleep(0.02)
@@ -322,10 +345,6 @@ class Client:
 
 def _key(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _spent(answer: Completion) -> Usage:
-    return Usage(1, answer.prompt_tokens, answer.completion_tokens)
 
 
 def _wanted_pause(response: httpx.Response) -> float:

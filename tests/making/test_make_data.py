@@ -321,6 +321,15 @@ def test_a_disk_that_is_full_ends_in_one_line_and_the_next_run_goes_on(
         (["--separate-voices", "--voices", "en-us"], "two voices"),
         (["--stages", "speech"], "run the stage"),
         (["--max-total-tokens", "10"], "budget"),
+        (["--max-cost", "1"], "--price"),
+        (["--max-cost", "nan", "--price", "1", "1"], "--max-cost"),
+        (["--per-minute", "0"], "--per-minute"),
+        (["--timeout", "-1"], "--timeout"),
+        (["--limit", "0"], "--limit"),
+        (["--answer-words", "9", "3"], "--answer-words"),
+        (["--teacher-body", "[1]"], "--teacher-body"),
+        (["--teacher-body", '{"model": "x"}'], "--teacher-body"),
+        (["--separate-voices", "--voices", "en-us", "en-us"], "two voices"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -338,6 +347,20 @@ def test_what_cannot_work_ends_in_one_line_and_status_2(
     assert main([*options, *change]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and error.startswith("error: ") and error.count("\n") <= 1
+
+
+def test_a_split_that_is_no_longer_made_leaves_nothing_behind(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    source = write_triples(tmp_path / "t.jsonl", own_triples(8))
+    options = arguments(tmp_path / "set", source, server.url, "--questions-only")
+    assert main([*options, "--split", "train=0.5", "dev=0.5"]) == 0
+    assert list((tmp_path / "set").rglob("dev*")) != []
+    assert main(options) == 0
+    assert list((tmp_path / "set").rglob("dev*")) == []
+    assert (
+        "dev" not in json.loads((tmp_path / "set/parquet/audio/report.json").read_text())["splits"]
+    )
 
 
 def test_a_folder_that_holds_other_things_is_not_touched(

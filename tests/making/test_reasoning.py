@@ -231,4 +231,33 @@ def test_what_it_will_cost_is_known_before_and_shrinks_with_what_is_answered(
             left, likely, most = estimate(rows(30), client, WORDING, Settings())
     assert left == 20 and likely.requests == 20 and most.requests == 60
     assert 60 < likely.completion_tokens / 20 < 120  # as those before
-    assert client.prices.of(most) > client.prices.of(likely) > 0
+    assert most.cost > likely.cost > 0
+
+
+def test_another_model_in_the_same_folder_is_asked_anew_and_has_a_name_of_its_own(
+    tmp_path: Path,
+) -> None:
+    with ScriptedServer(teacher) as server:
+        for model in ("m", "other"):
+            with Journal(tmp_path / "teacher.jsonl") as journal:
+                client = Client(server.url, model, journal=journal, prices=Prices(1, 1))
+
+                async def run(client: Client = client) -> Reasoned:
+                    async with client:
+                        return await ask_rows(rows(10), client, WORDING, Settings())
+
+                result = asyncio.run(run())
+            assert len(result.answers) >= 9 and "model-changed" not in result.faults
+        # What the first one cost does not change with the price of the second.
+        with Journal(tmp_path / "teacher.jsonl") as journal:
+            later = Client(server.url, "other", journal=journal, prices=Prices(100, 100))
+        assert later.usage.cost == pytest.approx(client.usage.cost) and later.usage.cost > 0
+
+
+def test_more_can_be_put_into_the_request_and_taken_out_of_it(tmp_path: Path) -> None:
+    extra = {"max_completion_tokens": 9, "max_tokens": None, "reasoning_effort": "low"}
+    with ScriptedServer(teacher) as server:
+        ask(server, tmp_path, 1, Settings(extra=extra))
+        body = server.bodies[0]
+    assert "max_tokens" not in body
+    assert (body["max_completion_tokens"], body["reasoning_effort"]) == (9, "low")

@@ -209,6 +209,10 @@ def planted() -> list[tuple[dict[str, Any], str]]:
             ({**own, "major": held["major"].replace("lives", "sleeps")}, premise),
             ({**own, "major": held["major"].replace(" that ", ", that ") + "!"}, premise),
             ({**own, "major": f"{held['major']} of old"}, premise),
+            (
+                {**own, "major": f"It had rained for days. {held['major']}. Nobody minded it."},
+                premise,
+            ),  # among other sentences
         ]
         rows.append(variants[i % len(variants)])
     return rows
@@ -222,6 +226,11 @@ def test_every_planted_duplicate_and_shared_premise_is_found_and_nothing_else(
     kept, dropped = select([*clean, *(row for row, _ in rows)], tmp_path, HELD)
     assert dropped == {str(61 + i): reason for i, (_, reason) in enumerate(rows)}
     assert len(kept) == len(clean)
+
+
+def test_a_file_to_exclude_needs_no_labels(tmp_path: Path) -> None:
+    held = [{k: v for k, v in row.items() if k != "label"} for row in HELD[:3]]
+    assert set(select(HELD[:3] + own_triples(2), tmp_path, held)[1]) == {"1", "2", "3"}
 
 
 def test_an_exam_stem_in_common_is_no_leak(tmp_path: Path) -> None:
