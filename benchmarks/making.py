@@ -29,12 +29,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests/support"))
 
 from own_triples import own_triples, write_triples
+from soundmind.system.share import usable_cores
 
 from soundmind.making.speech import Espeak, Utterance, make_all
 from soundmind.making.words import Wording
 from soundmind.system.chat import Client, run_all
 from soundmind.system.journal import Journal
-from soundmind.system.share import usable_cores
 
 
 def cpu_seconds() -> float:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 
 from soundmind.run.config import config_names
 from soundmind.run.doctor import CHECKS
+from soundmind.system.errors import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(
         prog="python -m soundmind.doctor",

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from soundmind.evaluation import tables
-from soundmind.evaluation.compare import CompareError, compare
+from soundmind.evaluation.compare import compare
 from soundmind.evaluation.evaluate import (
     CPU_BATCH,
     DEFAULT_RECOGNISER,
@@ -39,16 +39,15 @@ from soundmind.evaluation.evaluate import (
     evaluate,
     finish_evaluation,
 )
-from soundmind.evaluation.examples import DataError
 from soundmind.evaluation.models import known_models
-from soundmind.evaluation.store import StoreError
 from soundmind.evaluation.text import OutOfMemory, TextDone
-from soundmind.model.folder import ModelError
+from soundmind.system.errors import command
 from soundmind.system.files import write_json
 
 # --- commands -------------------------------------------------------------------------------------
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module docstring."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -65,9 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return start_over(arguments, error)
         except TextDone:
             in_a_fresh_process(arguments)
-    except (DataError, ModelError, StoreError, CompareError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(
             "interrupted; what is saved stays, the same command continues from there",

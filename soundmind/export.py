@@ -27,9 +27,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from soundmind.model.export import ExportError, base_of, export, find_checkpoint
+from soundmind.model.export import base_of, export, find_checkpoint
+from soundmind.system.errors import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m soundmind.export",
@@ -41,16 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="the run's own base model by default")
     parser.add_argument("--output", type=Path, help="<run>/export by default")
     arguments = parser.parse_args(argv)
-    try:
-        checkpoint = find_checkpoint(arguments.run, arguments.step)
-        output = export(
-            checkpoint,
-            arguments.base or base_of(arguments.run),
-            arguments.output or arguments.run / "export",
-        )
-    except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    checkpoint = find_checkpoint(arguments.run, arguments.step)
+    output = export(
+        checkpoint,
+        arguments.base or base_of(arguments.run),
+        arguments.output or arguments.run / "export",
+    )
     print(f"{checkpoint.name} -> {output}")
     return 0
 

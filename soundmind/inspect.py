@@ -27,8 +27,10 @@ from pathlib import Path
 from soundmind.data.audio import ClipError
 from soundmind.data.inspect import default_model, describe_row, write_clip
 from soundmind.data.rows import read_row
+from soundmind.system.errors import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0, or 2 where there is nothing to show."""
     parser = argparse.ArgumentParser(

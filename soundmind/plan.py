@@ -40,7 +40,7 @@ from soundmind.planning.plan import (
     as_json,
     make_plan,
 )
-from soundmind.planning.sizes import SizeError
+from soundmind.system.errors import command
 
 
 def print_plan(plan: Plan) -> None:
@@ -119,8 +119,9 @@ def print_plan(plan: Plan) -> None:
         console.print("Every divisibility rule holds.")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config
+    from soundmind.run.config import CONFIG_DIR, compose_config
 
     parser = argparse.ArgumentParser(
         prog="python -m soundmind.plan",
@@ -139,24 +140,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the plan to this file too")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     arguments = parser.parse_args(argv)
-    try:
-        config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
-        if arguments.gpus is not None:
-            config = with_gpus(config, arguments.gpus)
-        card = CARDS[arguments.card]
-        if arguments.gpu_memory is not None:
-            card = replace(card, memory=int(arguments.gpu_memory * GB))
-        limit = int(config.data.max_response_length)
-        assumed = Assumptions(
-            clip_seconds=arguments.clip_seconds,
-            response_tokens=min(arguments.response_tokens, limit),
-            prompt_text_tokens=arguments.prompt_text_tokens,
-            mfu=arguments.mfu,
-        )
-        plan = make_plan(config, arguments.config_name, card, assumed)
-    except (ConfigError, SizeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
+    if arguments.gpus is not None:
+        config = with_gpus(config, arguments.gpus)
+    card = CARDS[arguments.card]
+    if arguments.gpu_memory is not None:
+        card = replace(card, memory=int(arguments.gpu_memory * GB))
+    limit = int(config.data.max_response_length)
+    assumed = Assumptions(
+        clip_seconds=arguments.clip_seconds,
+        response_tokens=min(arguments.response_tokens, limit),
+        prompt_text_tokens=arguments.prompt_text_tokens,
+        mfu=arguments.mfu,
+    )
+    plan = make_plan(config, arguments.config_name, card, assumed)
     print_plan(plan)
     if arguments.json:
         arguments.json.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")

@@ -19,8 +19,10 @@ from pathlib import Path
 
 from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config
 from soundmind.run.prepare import prepare_alr, prepare_practice
+from soundmind.system.errors import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m soundmind.prepare",
@@ -31,17 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     arguments = parser.parse_args(argv)
-    try:
-        config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
-        if config.run.prepare == "practice":
-            prepare_practice(config)
-        elif config.run.prepare == "alr":
-            prepare_alr(config)
-        else:
-            raise ConfigError(f"run.prepare={config.run.prepare}: expected practice or alr")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
+    if config.run.prepare == "practice":
+        prepare_practice(config)
+    elif config.run.prepare == "alr":
+        prepare_alr(config)
+    else:
+        raise ConfigError(f"run.prepare={config.run.prepare}: expected practice or alr")
     return 0
 
 

@@ -24,10 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from soundmind.data.preprocess import BASE_MODEL, FAULTS_SHOWN, BadInput, make_job, make_parquet
-from soundmind.data.sources import (
-    SourceError,
-)
-from soundmind.system.errors import UserError
+from soundmind.system.errors import command
 from soundmind.task.schema import MODES, SPLITS, TASKS
 
 _DROP_OVERLAP: dict[str, Any] = {
@@ -48,6 +45,7 @@ _TOKENIZER_HELP = (
 # -- the command --------------------------------------------------------------------------------
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 written or up to date, 2 bad input or usage."""
     arguments = parse_arguments(argv)
@@ -55,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return make_parquet(make_job(**vars(arguments)))
     except BadInput as error:
         print(error.report(arguments.list_all))
-    except (SourceError, UserError, OSError) as error:
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)

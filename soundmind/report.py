@@ -20,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from soundmind.run.folder import RunFolder
 from soundmind.run.summary import complete
+from soundmind.system.errors import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m soundmind.report",

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from soundmind.system.errors import command
 from soundmind.system.files import replacing
 from soundmind.task.labels import LabelSet
 from soundmind.task.rescore import component_table, read_saved, rescore
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module docstring. Returns 2 for input that cannot be read."""
     options = _parser().parse_args(argv)

@@ -20,9 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from soundmind.run.checks import CheckError
-from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config
-from soundmind.run.folder import RunFolderError
+from soundmind.run.config import CONFIG_DIR, compose_config
 from soundmind.run.sft import fine_tune, sft_dry_run
 from soundmind.system.errors import command
 
@@ -41,15 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     arguments = parser.parse_args(argv)
-    try:
-        config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
-        if arguments.dry_run:
-            print(sft_dry_run(config, arguments.config_name))
-            return 0
-        folder = fine_tune(config, arguments.config_name)
-    except (ConfigError, CheckError, RunFolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
+    if arguments.dry_run:
+        print(sft_dry_run(config, arguments.config_name))
+        return 0
+    folder = fine_tune(config, arguments.config_name)
     print(f"run: {folder}")
     return 0
 

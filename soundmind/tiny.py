@@ -34,8 +34,10 @@ import sys
 from pathlib import Path
 
 from soundmind.standin.tiny import build_stand_in
+from soundmind.system.errors import command
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(

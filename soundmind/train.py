@@ -22,13 +22,14 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from soundmind.run import folder as run_folder
-from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config
+from soundmind.run.config import CONFIG_DIR, compose_config
 from soundmind.run.dry_run import dry_run
 from soundmind.run.sft_checks import require_stage
 from soundmind.run.train import NodeLostError, train
+from soundmind.system.errors import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m soundmind.train",
@@ -42,22 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     arguments = parser.parse_args(argv)
-    from soundmind.run import checks
-
+    config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
+    require_stage(config, arguments.config_name, "train")
+    if arguments.dry_run:
+        print(dry_run(config, arguments.config_name))
+        return 0
     try:
-        config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
-        require_stage(config, arguments.config_name, "train")
-        if arguments.dry_run:
-            print(dry_run(config, arguments.config_name))
-            return 0
         folder = train(config, arguments.config_name)
-    except (ConfigError, checks.CheckError, run_folder.RunFolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except NodeLostError as error:
         traceback.print_exception(error.__cause__)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise
     print(f"run: {folder}")
     return 0
 

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soundmind.data.containers import clip_fault
+from soundmind.system.errors import UserError
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -56,7 +57,7 @@ Waveform = npt.NDArray[np.float32]
 Samples = npt.NDArray[np.floating[Any]]
 
 
-class ClipError(ValueError):
+class ClipError(UserError, ValueError):
     """A clip that cannot be used. `kind` is the short name that reports count."""
 
     def __init__(self, kind: str, message: str) -> None:

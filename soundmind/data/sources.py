@@ -27,6 +27,7 @@ from stat import S_ISREG
 from typing import Any, Literal
 
 from soundmind.system.content import known_kind
+from soundmind.system.errors import UserError
 from soundmind.task.schema import Annotation, Mode, Split
 
 Layout = Literal["github", "huggingface", "folders"]
@@ -35,7 +36,7 @@ CLIP_SUFFIXES = (".wav", ".flac")
 _BOM = b"\xef\xbb\xbf"
 
 
-class SourceError(Exception):
+class SourceError(UserError):
     """The data folder as a whole cannot be used; the message says what to do."""
 
 

@@ -31,6 +31,7 @@ from soundmind.evaluation.metrics import (
     paired_bootstrap,
 )
 from soundmind.evaluation.store import read_config, read_predictions
+from soundmind.system.errors import UserError
 
 Key = tuple[str, str, str]
 
@@ -38,7 +39,7 @@ Key = tuple[str, str, str]
 ROWS_LISTED = 50  # ids of rows won and lost kept in the JSON
 
 
-class CompareError(ValueError):
+class CompareError(UserError, ValueError):
     """Evaluations that cannot be compared, with the reason."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from soundmind.data.reread import RowsError
 from soundmind.data.rows import CLIP_COLUMN, read_rows, with_clip
+from soundmind.system.errors import UserError
 from soundmind.task.labels import VERDICTS
 from soundmind.task.schema import MODES
 
@@ -26,7 +27,7 @@ COLUMNS = ("data_source", "prompt", "reward_model", "extra_info", "audio")
 INFO_KEYS = ("id", "split", "mode", "label", "question_seconds", "audio_tokens")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A Parquet file that cannot be evaluated, with what to do about it."""
 
 

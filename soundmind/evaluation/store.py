@@ -24,6 +24,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from soundmind.system.errors import UserError
 from soundmind.system.files import try_lock, write_text
 
 PREDICTIONS = "predictions.jsonl"
@@ -32,7 +33,7 @@ PREDICTIONS = "predictions.jsonl"
 CONFIG = "config.yaml"
 
 
-class StoreError(RuntimeError):
+class StoreError(UserError, RuntimeError):
     """An output folder that cannot be used or written to, with what to do about it."""
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from soundmind.model.folder import tensor_shapes
 from soundmind.model.parts import THINKER_PREFIX
+from soundmind.system.errors import UserError
 from soundmind.system.files import write_text
 
 COMPLETE = "complete.json"
@@ -40,7 +41,7 @@ _STEP = re.compile(r"global_step_(\d+)")
 _SAMPLE_BYTES = 256  # of each tensor's start and middle
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be published; the message says what to change."""
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from soundmind.model import checkpoints, lora
 from soundmind.model.folder import folder_shapes, weight_faults
 from soundmind.model.parts import NOT_LOADED, THINKER_PREFIX, part_of
+from soundmind.system.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ EXPORT_RECORD = "export.json"
 ADAPTER_FOLDER = "adapter"
 
 
-class ExportError(ValueError):
+class ExportError(UserError, ValueError):
     """A checkpoint or base folder that cannot be exported, with what to do about it."""
 
 

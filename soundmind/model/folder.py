@@ -16,6 +16,7 @@ import os
 import struct
 from pathlib import Path
 
+from soundmind.system.errors import UserError
 from soundmind.system.hub import hub_is_reachable, is_hub_id
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -24,7 +25,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
-class WeightFileError(ValueError):
+class WeightFileError(UserError, ValueError):
     """A *.safetensors file that is cut short, empty or something else; the message names it."""
 
 
@@ -109,7 +110,7 @@ def weight_faults(folder: Path) -> list[str]:
 _SAMPLED_BYTES = 1 << 20  # of the start and of the end of a weight file, for its digest
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model that cannot be evaluated, with what to do about it."""
 
 

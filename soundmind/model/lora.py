@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from soundmind.model.parts import ADAPTER_PREFIX, part_of
+from soundmind.system.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ _PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "fan_in_fan_ou
 _EMPTY = ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
 
 
-class LoraError(ValueError):
+class LoraError(UserError, ValueError):
     """An adapter that cannot be trained or merged here; the message says what to change."""
 
 

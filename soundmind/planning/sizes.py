@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soundmind.system.errors import UserError
 
-class SizeError(ValueError):
+
+class SizeError(UserError, ValueError):
     """A model whose dimensions cannot be told; the message names the file and the next step."""
 
 

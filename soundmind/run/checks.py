@@ -33,6 +33,7 @@ from soundmind.planning.sizes import PUBLISHED, SizeError
 from soundmind.plugin import environment
 from soundmind.run import lora_checks, machine_checks, supported
 from soundmind.run.lora_checks import lora_targets
+from soundmind.system.errors import UserError
 
 VERL_VERSION = "0.9.1"
 
@@ -40,7 +41,7 @@ VERL_VERSION = "0.9.1"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class CheckError(ValueError):
+class CheckError(UserError, ValueError):
     """One or more problems with a configuration; `problems` lists them."""
 
     def __init__(self, problems: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from soundmind.system.errors import UserError
 from soundmind.system.files import REPOSITORY
 
 CONFIG_DIR = REPOSITORY / "configs"
@@ -18,7 +19,7 @@ if not CONFIG_DIR.is_dir():  # installed as a wheel, which brings its own
     CONFIG_DIR = Path(sys.prefix) / "share/soundmind/configs"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; the message names the key and the next step."""
 
 

@@ -32,10 +32,11 @@ from typing import Any
 
 from soundmind.model import checkpoints
 from soundmind.run.experiment import differences, stored_experiment
+from soundmind.system.errors import UserError
 from soundmind.system.files import try_lock, write_json
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(UserError, RuntimeError):
     """A run folder that cannot be used, with what to do about it."""
 
 

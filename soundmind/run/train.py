@@ -22,11 +22,14 @@ from soundmind.run.experiment import experiment
 from soundmind.run.folder import RunFolder
 from soundmind.system import files as system_files
 from soundmind.system import machine
+from soundmind.system.errors import UserError
 from soundmind.system.files import REPOSITORY
 
 
-class NodeLostError(RuntimeError):
+class NodeLostError(UserError, RuntimeError):
     """A machine of the run's cluster went away; the message says how to go on."""
+
+    status = 1
 
 
 def place_run(config: DictConfig, folder: RunFolder, attempt: int, ray_dir: Path) -> dict[str, str]:

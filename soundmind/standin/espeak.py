@@ -33,6 +33,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from soundmind.system.errors import UserError
+
 # Accents by the names people know, and espeak-ng 1.52's own identifiers for them. Its short name
 # `en-gb` is not found by all builds, and a name that is not found leaves the last voice in place.
 ACCENTS = {"en-us": "gmw/en-US", "en-gb": "gmw/en"}
@@ -61,7 +63,7 @@ _LONGEST_DATA_PATH = 120
 _lock = threading.Lock()
 
 
-class SpeechError(RuntimeError):
+class SpeechError(UserError, RuntimeError):
     """espeak-ng is absent, or cannot do what it was asked to do."""
 
 

@@ -48,6 +48,7 @@ from soundmind.model.features import extract_at_true_length
 from soundmind.standin.controls import swapped_partners
 from soundmind.standin.practice import read_manifest
 from soundmind.standin.syllogism import Syllogism, parse_syllogism
+from soundmind.system.errors import UserError
 from soundmind.task.labels import ENTAILED, answer_line, split_response, verdict_of
 from soundmind.task.prompts import build_messages
 
@@ -65,7 +66,7 @@ MAX_RESPONSE_TOKENS = 32  # a clean target has 25
 GATE = 0.80  # greedy accuracy that `hearing` has to reach
 
 
-class WarmupError(RuntimeError):
+class WarmupError(UserError, RuntimeError):
     """The warm-up cannot start, or did not teach the model to hear."""
 
 

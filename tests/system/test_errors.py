@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY
 
 from soundmind.system.errors import UserError, command
 
@@ -82,3 +84,16 @@ def test_a_command_keeps_its_status_and_its_name() -> None:
 
     assert main(["a", "b", "c"]) == 3
     assert main.__doc__ == "What it does."
+
+
+def test_every_command_is_wrapped() -> None:
+    """A door is a module of the package's root that has a `main`."""
+    bare = []
+    doors = sorted((REPOSITORY / "soundmind").glob("*.py"))
+    for path in doors:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "main":
+                names = [getattr(item, "id", "") for item in node.decorator_list]
+                bare += [] if "command" in names else [path.name]
+    assert bare == []
+    assert sum("@command" in path.read_text(encoding="utf-8") for path in doors) >= 12
