@@ -29,12 +29,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests/support"))
 
 from own_triples import own_triples, write_triples
-from soundmind.system.share import usable_cores
 
 from soundmind.making.speech import Espeak, Utterance, make_all
 from soundmind.making.words import Wording
 from soundmind.system.chat import Client, run_all
 from soundmind.system.journal import Journal
+from soundmind.system.machine import cores
 
 
 def cpu_seconds() -> float:
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--per-minute", type=float, default=1000)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--workers", type=int, default=usable_cores())
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument(
         "--train", metavar="MODEL", help="a stand-in's folder: two steps on the rows"
     )
