@@ -30,14 +30,13 @@ from typing import NoReturn
 
 from soundmind.evaluation import tables
 from soundmind.evaluation.compare import compare
-from soundmind.evaluation.evaluate import (
+from soundmind.evaluation.evaluate import evaluate, finish_evaluation
+from soundmind.evaluation.identity import (
     CPU_BATCH,
     DEFAULT_RECOGNISER,
     GPU_BATCH,
     MAX_TOKENS,
     Options,
-    evaluate,
-    finish_evaluation,
 )
 from soundmind.evaluation.models import known_models
 from soundmind.evaluation.text import OutOfMemory, TextDone
@@ -87,7 +86,9 @@ def start_over(arguments: Sequence[str], error: OutOfMemory) -> int:
         )
         return 2
     print(f"{error}; starting over with --max-num-seqs {smaller}", file=sys.stderr, flush=True)
-    again = [*arguments, "--max-num-seqs", str(smaller)]  # the last one given holds
+    asked = parse_options(arguments).asked_num_seqs or error.max_num_seqs
+    again = [*arguments, "--asked-num-seqs", str(asked)]  # so that it stays the same evaluation
+    again += ["--max-num-seqs", str(smaller)]  # the last one given holds
     in_a_fresh_process(again)
 
 
@@ -150,6 +151,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         f"the longest answer; default {CPU_BATCH} on a CPU, {GPU_BATCH} on GPUs",
     )
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences generated at once")
+    parser.add_argument("--asked-num-seqs", type=_positive, help=argparse.SUPPRESS)
     parser.add_argument("--max-model-len", type=_positive, help="default: longest prompt + answer")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tensor-parallel", type=_positive, default=1, help="GPUs per model")

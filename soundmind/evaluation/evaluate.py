@@ -4,64 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from soundmind.evaluation import page, plots, tables
-from soundmind.evaluation.examples import DataError, Example, read_examples
+from soundmind.evaluation.examples import Example, read_examples
 from soundmind.evaluation.grade import graded, prediction, summarise_answers
+from soundmind.evaluation.identity import Options, describe_settings, settle
 from soundmind.evaluation.models import Model, open_model
 from soundmind.evaluation.store import (
     Store,
     StoreError,
+    identity_changes,
     read_config,
     read_predictions,
     settings_fingerprint,
 )
 from soundmind.evaluation.text import TextEngine, TextSettings, prepare_process
-from soundmind.system.files import REPOSITORY, file_digest, write_json
-from soundmind.system.machine import gpu_names, versions
-
-MAX_TOKENS = 4096  # [ours] 99 of 100 published reasonings are shorter; the released limit is 2048
-
-
-CPU_BATCH, GPU_BATCH = 64, 256  # rows asked and saved together
-
-
-CPU_SEQS, GPU_SEQS = 16, 128  # sequences generated at once
-
-
-DEFAULT_RECOGNISER = "openai/whisper-large-v3"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line of a run; None means "by the machine", see `settle`."""
-
-    model: str
-    data: Path
-    output_modality: str = "text"
-    output_dir: Path | None = None
-    limit: int | None = None
-    seed: int = 0
-    samples: int = 1
-    temperature: float | None = None
-    top_p: float = 1.0
-    max_tokens: int = MAX_TOKENS
-    batch_rows: int | None = None
-    max_num_seqs: int | None = None
-    max_model_len: int | None = None
-    dtype: str | None = None
-    tensor_parallel: int = 1
-    trust_remote_code: bool = False
-    audio_root: str | None = None
-    recogniser: str = DEFAULT_RECOGNISER
-    speaker: str = "Chelsie"
-    max_speech_seconds: float = 600.0
-    speech_engine: str = "batched"
-    speech_rows: int | None = None
-    talker_temperature: float = 0.9
+from soundmind.system.files import REPOSITORY, write_json
+from soundmind.system.machine import versions
 
 
 class Backend(Protocol):
@@ -74,85 +35,6 @@ class Backend(Protocol):
 
 
 # --- one run --------------------------------------------------------------------------------------
-
-
-def settle(options: Options) -> TextSettings:
-    """Fill in what depends on the machine."""
-    cpu = not gpu_names()
-    speech = options.output_modality == "speech"
-    temperature = options.temperature
-    if temperature is None:
-        temperature = 0.0 if options.samples == 1 else 1.0  # [release] rollouts sample at 1.0
-    if options.samples > 1 and temperature == 0:
-        raise DataError("--samples above 1 with --temperature 0 would repeat one greedy answer")
-    if options.samples > 1 and speech:
-        raise DataError("--samples above 1 is for text output; spoken answers come one a row")
-    return TextSettings(
-        max_tokens=options.max_tokens,
-        temperature=temperature,
-        top_p=options.top_p,
-        samples=options.samples,
-        seed=options.seed,
-        dtype=options.dtype or ("float32" if cpu else "bfloat16"),
-        max_num_seqs=options.max_num_seqs or (CPU_SEQS if cpu else GPU_SEQS),
-        batch_rows=options.batch_rows or (CPU_BATCH if cpu else GPU_BATCH),
-        tensor_parallel=options.tensor_parallel,
-        max_model_len=options.max_model_len,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def describe_settings(
-    options: Options, model: Model, examples: Sequence[Example], settings: TextSettings
-) -> dict[str, Any]:
-    """The content of config.yaml: everything that defines the numbers, and nothing else.
-
-    `max_num_seqs` is left to versions.json, since running out of memory may change it midway.
-    """
-    first = examples[0]
-    speech = options.output_modality == "speech"
-    generation = {
-        "max_tokens": settings.max_tokens,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "repetition_penalty": 1.0,
-        "samples": settings.samples,
-        "seed": settings.seed,
-        "dtype": settings.dtype,
-        "batch_rows": settings.batch_rows,
-        "engine": "transformers" if speech and options.speech_engine == "reference" else "vllm",
-        "max_model_len": settings.max_model_len,
-    }
-    config: dict[str, Any] = {
-        "model": {
-            "given": options.model,
-            "type": model.model_type,
-            "adapter": model.adapter.name,
-            "digest": model.digest,
-            "stand_in": model.stand_in,
-        },
-        "data": {
-            "path": str(options.data),
-            "digest": file_digest(options.data),
-            "data_source": first.data_source,
-            "split": first.info["split"],
-            "mode": first.info["mode"],
-            "rows": len(examples),
-            "limit": options.limit,
-        },
-        "output_modality": options.output_modality,
-        "generation": generation,
-        "reward": {"preset": "paper", "length_unit": "tokens"},
-    }
-    if speech:
-        config["speech"] = {
-            "speaker": options.speaker,
-            "max_speech_seconds": options.max_speech_seconds,
-            "recogniser": options.recogniser,
-            "engine": options.speech_engine,
-            "talker_temperature": options.talker_temperature,
-        }
-    return config
 
 
 def default_output_dir(config: dict[str, Any]) -> Path:
@@ -176,6 +58,8 @@ def evaluate(options: Options) -> Path:
 
     started = time.monotonic()
     done = predict_all(store, examples, model, settings, options)
+    if done:
+        require_unchanged(store, options, examples)
     record_versions(store, options, settings, done, time.monotonic() - started)
     failed = finish_evaluation(store.path)["failed_rows"]
     if failed["count"] == failed["n"]:
@@ -184,6 +68,17 @@ def evaluate(options: Options) -> Path:
             f"evaluate into another --output-dir or remove {store.path}"
         )
     return store.path
+
+
+def require_unchanged(store: Store, options: Options, examples: Sequence[Example]) -> None:
+    """StoreError if model, rows or clips are others than when the evaluation began."""
+    model = open_model(options.model, speech=options.output_modality == "speech")
+    now = describe_settings(options, model, examples, settle(options))
+    if changed := identity_changes(store.config, now):
+        raise StoreError(
+            f"{store.path}: what was evaluated changed while it ran ({changed}), so its answers mix "
+            "two; remove the folder and run the same command again"
+        )
 
 
 def predict_all(

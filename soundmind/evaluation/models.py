@@ -20,10 +20,10 @@ from soundmind.model.folder import (
     ModelError,
     check_omni_folder,
     fetch_model,
-    folder_digest,
     start_note,
     thinker_only,
 )
+from soundmind.system.digests import folder_digest
 
 OMNI = "qwen2_5_omni"
 

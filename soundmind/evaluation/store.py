@@ -65,10 +65,9 @@ class Store:
                         "choose another --output-dir"
                     )
                 write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
-            elif _identity(stored) != _identity(config):
+            elif changed := identity_changes(stored, config):
                 raise StoreError(
-                    f"{path} holds another evaluation ({_differences(stored, config)}); choose "
-                    "another --output-dir"
+                    f"{path} holds another evaluation ({changed}); choose another --output-dir"
                 )
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror or error}; nothing was evaluated") from error
@@ -138,15 +137,26 @@ def read_predictions(path: Path, name: str = PREDICTIONS) -> list[dict[str, Any]
     return predictions
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings without names of places: model and data are known by their digests."""
-    places = {("model", "given"), ("data", "path")}
-    return {
-        key: {k: v for k, v in value.items() if (key, k) not in places}
-        if isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }
+# Names of places: what lies there is known by its digest.
+PLACES = {"model.given", "data.path", "speech.recogniser"}
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as one level, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def identity_changes(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What of two identities differs, in words; empty where they are the same."""
+    there, now = leaves(stored), leaves(wanted)
+    keys = [k for k in {**there, **now} if k not in PLACES and there.get(k) != now.get(k)]
+    return "; ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
 
 
 def _is_json(line: bytes) -> bool:
@@ -163,8 +173,3 @@ def _lock(path: Path) -> Any:
     if handle is None:
         raise StoreError(f"{path}: another evaluation is running in this folder")
     return handle
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
-    return "; ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in keys)

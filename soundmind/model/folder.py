@@ -10,9 +10,7 @@ endian), then the header (JSON: name -> dtype, shape, data_offsets), then the te
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -107,9 +105,6 @@ def weight_faults(folder: Path) -> list[str]:
     return faults
 
 
-_SAMPLED_BYTES = 1 << 20  # of the start and of the end of a weight file, for its digest
-
-
 class ModelError(UserError, ValueError):
     """A model that cannot be evaluated, with what to do about it."""
 
@@ -192,26 +187,6 @@ def weight_names(folder: Path) -> tuple[set[str], list[str]]:
         return set(json.loads(header)) - {"__metadata__"}, []
     except ValueError:
         return set(), ["model.safetensors (what is there is cut short)"]
-
-
-def folder_digest(folder: Path) -> str:
-    """16 hexadecimal digits that stand for a model: small files whole, weights by their ends.
-
-    Hashing 22 GB would take minutes; size, first and last MiB of every shard tell checkpoints of
-    one run apart, since training moves every weight.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in (".json", ".safetensors", ".jinja", ".pt"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLED_BYTES))
-            if size > 2 * _SAMPLED_BYTES:
-                file.seek(-_SAMPLED_BYTES, os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
 
 
 def start_note(model: Path) -> str | None:

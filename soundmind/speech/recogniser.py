@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from soundmind.data.audio import SAMPLE_RATE, Waveform
-from soundmind.model.folder import ModelError, fetch_model, folder_digest
+from soundmind.model.folder import ModelError, fetch_model
 from soundmind.speech.windows import join_transcripts, windows
+from soundmind.system.digests import folder_digest
 
 WINDOWS_AT_ONCE = 8
 GRAMMAR_FILE = "grammar.json"

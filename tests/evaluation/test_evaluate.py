@@ -324,7 +324,7 @@ def test_out_of_memory_starts_over_with_half_the_sequences(
         raise OutOfMemory(16, RuntimeError("CUDA out of memory"))
 
     started: list[list[str]] = []
-    monkeypatch.setattr(evaluate, "evaluate", fail)
+    monkeypatch.setattr(soundmind_evaluate, "evaluate", fail)
     monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
     soundmind_evaluate.main(["--model", "m", "--data", "d.parquet", "--max-num-seqs", "16"])
     assert started[0][-2:] == ["--max-num-seqs", "8"]
@@ -338,7 +338,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_advice(
     def fail(options: evaluate.Options) -> Path:
         raise OutOfMemory(1, RuntimeError("CUDA out of memory"))
 
-    monkeypatch.setattr(evaluate, "evaluate", fail)
+    monkeypatch.setattr(soundmind_evaluate, "evaluate", fail)
     assert soundmind_evaluate.main(["--model", "m", "--data", "d.parquet"]) == 2
     assert "--tensor-parallel" in capsys.readouterr().err
 
