@@ -159,6 +159,8 @@ def probe_clip(source: str | Path | bytes, *, check_sound: bool = True) -> ClipI
 
 # Of these a complete file is a readable one, and no sample is NaN or beyond full scale.
 _INTEGERS = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ALAW", "ULAW")
+# The smallest step of coarse encodings: silence may go to and fro between neighbours.
+_STEPS = {"PCM_S8": 1 / 128, "PCM_U8": 1 / 128, "ALAW": 1 / 2048, "ULAW": 1 / 4096}
 _COMPRESSED = ("FLAC", "OGG", "MP3")  # their subtype alone does not say so
 _BLOCK = 1 << 20  # values a step
 _RATES = (1_000, 768_000)  # Hz; outside, a header is damaged
@@ -275,7 +277,7 @@ def _check_sound(blocks: Iterable[Waveform], info: ClipInfo, name: str) -> None:
     Sound is what moves: in some windows of 10 ms the samples are further apart than silence lets
     them be. A constant is silent, and so is a single click, or a clip whose channels cancel out.
     """
-    quiet = max(2 * SILENCE_PEAK, 2.5 / 128 if info.encoding.endswith("8") else 0.0)
+    quiet = max(2 * SILENCE_PEAK, 2.5 * _STEPS.get(info.encoding, 0.0))
     window = _window(info)
     wanted, heard = max(1, min(SOUND_WINDOWS, info.num_frames // window)), 0
     for block in blocks:

@@ -74,7 +74,7 @@ def clip_fault(file: BinaryIO, size: int) -> FileFault | None:
     if magic == b"OggS":
         return _ogg_fault(file, size)
     if magic == b"fLaC":
-        return _flac_fault(file, size)
+        return _flac_fault(file, 4, size)
     return _other_fault(file, head, size)
 
 
@@ -207,12 +207,12 @@ def _ogg_fault(file: BinaryIO, size: int) -> FileFault | None:
     return _behind(file, position, size)
 
 
-def _flac_fault(file: BinaryIO, size: int) -> FileFault | None:
-    data = _bytes_at(file, 4, size)
-    for start in (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22"):
-        if (at := data.find(start)) >= 0:
+def _flac_fault(file: BinaryIO, start: int, size: int) -> FileFault | None:
+    data = _bytes_at(file, start, size)
+    for head in (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22"):
+        if (at := data.find(head)) >= 0:
             return "unreadable-clip", (
-                f"a second stream begins at byte {at + 4:,}, which is not read; {_ADVICE}"
+                f"a second stream begins at byte {at + start:,}, which is not read; {_ADVICE}"
             )
     return None
 
@@ -244,6 +244,8 @@ def _other_fault(file: BinaryIO, head: bytes, size: int) -> FileFault | None:
     is_mp3 = len(frame) == 4 and frame[0] == 0xFF and frame[1] & 0xE6 == 0xE2  # MPEG layer III
     if is_mp3:
         return _mp3_fault(file, start, size)
+    if frame == b"fLaC":
+        return _flac_fault(file, start + 4, size)
     if start and frame in _CHUNKED:
         return "unreadable-clip", f"titles (ID3) stand before the {_shown(frame)} header; {_ADVICE}"
     if size < 12:

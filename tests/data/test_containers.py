@@ -142,6 +142,15 @@ def test_flac_of_unknown_length_says_so() -> None:
     assert "leaves the length open" in str(refusal(bytes(content)))
 
 
+def test_titles_before_and_behind_a_flac_do_no_harm() -> None:
+    content = WHOLE["FLAC PCM_16 FILE"]
+    titles = b"ID3\x04\0\0\0\0\x01\x00" + bytes(128)
+    assert seconds(titles + content) == pytest.approx(0.3)
+    assert seconds(content + b"TAG" + bytes(125)) == pytest.approx(0.3)
+    assert refusal(titles + content[: len(content) * 6 // 10]).kind == "truncated-clip"
+    assert refusal(titles + content * 2).kind == "unreadable-clip"
+
+
 def test_an_mp3_that_does_not_count_its_bytes_is_refused() -> None:
     content = WHOLE["MP3 MPEG_LAYER_III FILE"]
     assert seconds(b"ID3\x04\0\0\0\0\x01\x00" + bytes(128) + content) == pytest.approx(0.3)
@@ -176,6 +185,7 @@ def test_the_message_says_what_the_bytes_are(content: bytes, words: str) -> None
 
 
 NOISE = np.random.default_rng(0).standard_normal(RATE)
+COARSE = {"PCM_U8": 0.6 / 128, "ALAW": 8 / 32_768, "ULAW": 8 / 32_768}  # dither of one step
 
 
 @pytest.mark.parametrize(
@@ -185,6 +195,7 @@ NOISE = np.random.default_rng(0).standard_normal(RATE)
         (np.full(RATE, 0.1), "FLOAT"),
         (0.02 + 2e-5 * NOISE, "FLOAT"),  # a constant with dither
         (np.full(RATE, -1 / 128), "PCM_U8"),
+        *((np.where(NOISE > 0, step, -step), kind) for kind, step in COARSE.items()),
         (np.concatenate([[0.9], np.zeros(RATE - 1)]), "PCM_16"),  # a click
         (np.concatenate([np.zeros(RATE // 2), np.full(RATE // 2, 0.5)]), "PCM_16"),  # a step
         (np.stack([WAVE, -WAVE], axis=1), "PCM_16"),  # channels that cancel out

@@ -233,3 +233,25 @@ def test_embedded_clips_are_the_files_own_bytes(
         assert row["audio"]["bytes"] == (root / row["audio"]["path"]).read_bytes()
         assert row["extra_info"]["index"] == int(row["extra_info"]["id"])
     assert json.loads(file.schema_arrow.metadata[METADATA_KEY])["embedded"] is True
+
+
+def damaged_reports() -> list[Any]:
+    odd: list[Any] = [[], {}, {"format": 1}, {"format": 1, "options": {}, "splits": []}]
+    return [*odd, {"format": 1, "splits": {"dev": "x"}, "overlap": {}, "tokenizer": None}]
+
+
+@pytest.mark.parametrize("cut", ["output", "input", "skipped", "annotations", "labels", None])
+def test_a_report_that_says_other_things_counts_as_none(
+    make_github: MakeData, cut: str | None
+) -> None:
+    root = make_github(ALL)
+    assert prepare_data(root) == 0
+    path = root / "parquet/audio/report.json"
+    whole = path.read_bytes()
+    report = json.loads(whole)
+    if cut is not None:
+        del report["splits"]["dev"][cut]
+    for content in [report] if cut is not None else damaged_reports():
+        path.write_text(json.dumps(content))
+        assert prepare_data(root) == 0
+        assert path.read_bytes() == whole
