@@ -33,13 +33,11 @@ from soundmind.data.columns import row_schema
 
 CHUNK_LINES = 256
 
-
 _SOURCE_FILES = (
     *("data/audio", "data/containers", "data/columns", "data/scan", "data/sources"),
     *("data/token_count", "system/content"),
     *("task/labels", "task/prompts", "task/schema"),
 )
-
 
 _MAJOR_PREMISE = re.compile(r'Major premise is "(.*?)"\.?\s*\n\s*Minor premise', re.DOTALL)
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-
 MEASURES = {
     "question_seconds": "question, s",
     "audio_tokens": "audio tokens",
@@ -40,7 +39,6 @@ MEASURES = {
     "reference_tokens": "reference tokens",
     "reference_words": "reference words",
 }
-
 
 _KEPT = ("_line", "_where", "_question_digest", "_premise_digest", "_answer_missing", "_clip_bytes")
 

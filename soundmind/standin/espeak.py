@@ -38,28 +38,14 @@ from soundmind.system.errors import UserError
 # Accents by the names people know, and espeak-ng 1.52's own identifiers for them. Its short name
 # `en-gb` is not found by all builds, and a name that is not found leaves the last voice in place.
 ACCENTS = {"en-us": "gmw/en-US", "en-gb": "gmw/en"}
-
-
 # From espeak-ng's speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
-
-
 _INITIALIZE_DONT_EXIT = 0x8000  # otherwise a missing data file ends the process
-
-
 _CHARS_UTF8 = 1
-
-
 _RATE, _PITCH = 1, 3
-
-
 _NO_ERROR = 0
-
-
 # Its path buffer has 160 characters; longer paths are cut and then not found.
 _LONGEST_DATA_PATH = 120
-
-
 _lock = threading.Lock()
 
 

@@ -35,13 +35,8 @@ from soundmind.system.machine import cores
 
 # To be raised with every change that alters a byte of the set (tests compare data/sample).
 PRACTICE_VERSION = 1
-
-
 ROWS = {"train": 5000, "dev": 200, "test": 800}
-
-
 SAMPLE_ROWS = {"train": 8, "dev": 8, "test": 8}
-
 
 # fmt: off
 TRAIN_VOICES = (
@@ -50,35 +45,16 @@ TRAIN_VOICES = (
     "en-gb+m1", "en-gb+m3", "en-gb+f2", "en-gb+f4",
 )
 
-
 HELD_OUT_VOICES = ("en-us+m8", "en-us+steph", "en-us+edward", "en-gb+f5", "en-gb+m7")
-
-
 # fmt: on
 SPEEDS = (185, 235)  # words per minute, both ends included; so are the ranges below
-
-
 PITCHES = (30, 70)  # espeak-ng's 0 to 99
-
-
 PEAKS = (0.5, 0.95)  # of full scale
-
-
 LEAD_SECONDS = (0.0, 0.15)  # silence before
-
-
 TAIL_SECONDS = (0.0, 0.2)  # and after the sentence
-
-
 ANSWER_VOICE, ANSWER_SPEED = "en-us", 240
-
-
 ANSWER_RATE = 8_000  # Hz; nothing trains on these clips, 16 kHz would take the set over 1 GB
-
-
 MANIFEST = "manifest.json"
-
-
 VOICES = "voices.jsonl"
 
 

@@ -19,7 +19,6 @@ TOKENS = {
     "audio_token_index": 151_646,
 }
 
-
 VISION_HEAD = 80  # width of one head
 
 

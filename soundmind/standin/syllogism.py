@@ -29,8 +29,6 @@ from soundmind.task.labels import answer_line, verdict_of
 
 # Singular and plural.
 NOUNS: dict[str, str] = {"wug": "wugs", "fep": "feps", "dax": "daxes", "blicket": "blickets"}
-
-
 NAMES: tuple[str, ...] = ("Rex", "Tom", "Ann", "Lily")
 
 

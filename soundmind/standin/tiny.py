@@ -21,10 +21,7 @@ from soundmind.model.processor import CHAT_TEMPLATE
 from soundmind.system.files import replace_folder
 
 END_OF_TURN = "<|im_end|>"
-
-
 PADDING = "<|endoftext|>"
-
 
 # The published names. The last three are the thinker's marks for the talker; in published folders
 # these are ids beyond the tokenizer's.
@@ -33,7 +30,6 @@ SPECIAL_TOKENS = (
     *("<|IMAGE|>", "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"),
     *("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>"),
 )
-
 
 # Attribute names of the tokenizer; the processor asks for the first seven. All special tokens have
 # one, so that `tokenizer.all_special_ids` is complete: rollouts ban those ids.
@@ -51,24 +47,13 @@ _NAMED_TOKENS = {
     "tts_eos_token": "<tts_text_eod>",
 }
 
-
 STANDIN_VERSION = (
     1  # to be raised with every change of sizes or files, so that old folders are rebuilt
 )
-
-
 STANDIN_RECORD = "warmup.json"  # what was built and how, inside the checkpoint folder
-
-
 SPEAKERS = ("Chelsie", "Ethan")  # the published voices
-
-
 WIDTH = 128  # of the audio tower and of the text model
-
-
 MAX_POSITIONS = 32_768  # as published; a 300 s clip is 7,500 audio tokens
-
-
 # transformers' 0.02 is meant for widths in the thousands and is small for a width of 128. [ours]
 INITIALIZER_RANGE = 0.05
 

@@ -58,11 +58,7 @@ if TYPE_CHECKING:
 
 
 WARMUP_VERSION = 1  # to be raised with every change of the procedure that its settings do not show
-
-
 MAX_RESPONSE_TOKENS = 32  # a clean target has 25
-
-
 GATE = 0.80  # greedy accuracy that `hearing` has to reach
 
 
@@ -97,7 +93,6 @@ class Stage:
 
 HEARING = Stage("hearing", steps=640, learning_rate=2e-3, warmup_steps=30)
 
-
 HABITS = Stage(
     "habits",
     steps=100,
@@ -105,7 +100,6 @@ HABITS = Stage(
     warmup_steps=10,
     faults=Faults(shortcut=0.5, malformed=0.2, first_overlooked=0.75, second_overlooked=0.35),
 )
-
 
 STAGES = (HEARING, HABITS)
 
