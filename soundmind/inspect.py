@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if row["_clip"] is not None:
             print(f"clip written to {write_clip(row, arguments.output_dir)}")
     except (OSError, IndexError, ClipError, ValueError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # of a file: `command` says what to do
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyError, TypeError) as error:

@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(error.report(arguments.list_all))
     except OSError as error:
+        if error.filename is not None:
+            raise  # of a file: `command` says what to do
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
