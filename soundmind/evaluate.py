@@ -106,8 +106,13 @@ def compare_command(arguments: Sequence[str]) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--output", type=Path, help="write the comparison as JSON here")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--across-settings",
+        action="store_true",
+        help="also where input, data or generation settings differ; they are listed first",
+    )
     parsed = parser.parse_args(arguments)
-    comparison = compare(parsed.folders, seed=parsed.seed)
+    comparison = compare(parsed.folders, seed=parsed.seed, across_settings=parsed.across_settings)
     tables.print_comparison(comparison)
     if parsed.output:
         write_json(parsed.output, comparison)

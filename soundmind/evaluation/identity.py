@@ -15,13 +15,12 @@ from typing import Any
 
 from soundmind.evaluation.examples import DataError, Example
 from soundmind.evaluation.models import Model
-from soundmind.evaluation.text import TextSettings
+from soundmind.evaluation.text import SEEDS_A_ROW, TextSettings
 from soundmind.model.folder import fetch_model
 from soundmind.system.digests import content_digest, content_digests, folder_digest, joint_digest
 from soundmind.system.machine import gpu_names, package_versions
 
 MAX_TOKENS = 4096  # [ours] 99 of 100 published reasonings are shorter; the released limit is 2048
-MAX_SAMPLES = 4096  # answers a row: the width of a row's range of seeds (text.row_seed)
 CPU_BATCH, GPU_BATCH = 64, 256  # rows asked and saved together
 CPU_SEQS, GPU_SEQS = 16, 128  # sequences generated at once
 DEFAULT_RECOGNISER = "openai/whisper-large-v3"
@@ -83,9 +82,9 @@ def settle(options: Options) -> TextSettings:
         raise DataError("--samples above 1 with --temperature 0 would repeat one greedy answer")
     if settings.samples > 1 and options.output_modality == "speech":
         raise DataError("--samples above 1 is for text output; spoken answers come one a row")
-    if settings.samples > MAX_SAMPLES:
+    if settings.samples > SEEDS_A_ROW:
         raise DataError(
-            f"--samples {settings.samples}: at most {MAX_SAMPLES} have seeds of their own"
+            f"--samples {settings.samples}: at most {SEEDS_A_ROW} have seeds of their own"
         )
     return settings
 

@@ -1,21 +1,17 @@
-"""What predictions come to: rates with intervals, paired comparisons, word error rate.
+"""What predictions come to: rates with intervals, pass@k, word error rate.
 
-    accuracy    share of rows whose verdict equals the label; no readable verdict is wrong
-    parsed      share of responses with a readable verdict
+    accuracy    share of rows whose verdict equals the label. No readable verdict, a response that
+                was cut and a row that failed are wrong
+    lenient     the same after the lenient reading (soundmind.task.lenient): reasoning without form
+    parsed      share of responses with a readable verdict, cut and failed ones not counted as such
+    among parsed   accuracy over the responses with a readable verdict
     format      share of responses that keep the whole format rule (labels.split_response)
     floor       share of the commoner label among the same rows: the accuracy of always saying it
-    interval    Wilson score interval, 95 %; over several samples a row, bootstrap over rows
-    McNemar     exact two-sided test on the rows that only one of two models gets right
-    bootstrap   rows resampled with replacement, both models on the same ones; percentile interval
-    Holm        step-down correction of several p-values
     pass@k      chance that k of a row's n samples hold a right one: 1 - C(n - c, k) / C(n, k)
     WER         (substitutions + deletions + insertions) / reference words, over the whole corpus
 
-    >>> wilson_interval(534, 656)          # the paper's 81.40 %
-    (0.7824..., 0.8418...)
-
-Rates are dictionaries that carry their own count, so that no number travels without its n. Pure
-functions over plain values; jiwer is imported where words are aligned. Nothing is read or written.
+Intervals are those of soundmind.evaluation.intervals. Pure functions over plain values; jiwer is
+imported where words are aligned. Nothing is read or written.
 """
 
 from __future__ import annotations
@@ -23,157 +19,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from soundmind.evaluation.intervals import Metric, clustered_interval, rate, spread
 from soundmind.task.labels import VERDICTS
 from soundmind.task.reward import COMPONENTS
 
-CONFIDENCE = 0.95
-
-
-BOOTSTRAP_SAMPLES = 10_000
-
-
 NO_VERDICT = "none"  # column of the confusion matrix for responses without a readable verdict
-
-
 NUM_BINS = 4  # of equal size, for durations and lengths
-
+WELL_PARSED = 0.9  # below, accuracy says more about the form than about the reasoning
 
 Prediction = Mapping[str, Any]  # one line of predictions.jsonl
-
-
-Metric = dict[str, Any]
-
-
-# --- one proportion -------------------------------------------------------------------------------
-
-
-def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson score interval of `correct` out of `n`, as shares; ValueError where there is none."""
-    if n <= 0 or not 0 <= correct <= n:
-        raise ValueError(f"no interval for {correct} of {n}")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # exact at the ends, where rounding would leave 1e-17
-    return (0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
-
-
-def rate(flags: Iterable[bool | int]) -> Metric:
-    """{"n", "correct", "value", "interval"} of yes-or-no outcomes; value None where n is 0."""
-    outcomes = [bool(flag) for flag in flags]
-    n, correct = len(outcomes), sum(outcomes)
-    if n == 0:
-        return {"n": 0, "correct": 0, "value": None, "interval": None}
-    return {
-        "n": n,
-        "correct": correct,
-        "value": correct / n,
-        "interval": list(wilson_interval(correct, n)),
-    }
-
-
-def spread(values: Iterable[float | int | None]) -> Metric:
-    """{"n", "mean", "median", "p95", "max", "sum"} of the values that are there."""
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
-    if known.size == 0:
-        return {"n": 0, "mean": None, "median": None, "p95": None, "max": None, "sum": 0.0}
-    return {
-        "n": int(known.size),
-        "mean": float(known.mean()),
-        "median": float(np.median(known)),
-        "p95": float(np.percentile(known, 95)),
-        "max": float(known.max()),
-        "sum": float(known.sum()),
-    }
-
-
-# --- two or more models on the same rows ----------------------------------------------------------
-
-
-def mcnemar_exact(won: int, lost: int) -> float:
-    """Two-sided exact McNemar p-value: `won` rows turned right, `lost` rows turned wrong.
-
-    Under the null each of them is a fair coin, so this is a binomial test, in whole numbers.
-    """
-    if won < 0 or lost < 0:
-        raise ValueError(f"counts must not be negative: won {won}, lost {lost}")
-    discordant = won + lost
-    tail = sum(math.comb(discordant, i) for i in range(min(won, lost) + 1))
-    return float(min(1.0, 2 * tail / 2**discordant))
-
-
-def bootstrap_means(
-    values: Sequence[float] | npt.NDArray[np.float64],
-    samples: int = BOOTSTRAP_SAMPLES,
-    seed: int = 0,
-) -> npt.NDArray[np.float64]:
-    """Means of `samples` resamples of `values` with replacement, shape (samples,) float64."""
-    data = np.asarray(values, dtype=np.float64)
-    if data.size == 0:
-        raise ValueError("nothing to resample")
-    generator = np.random.default_rng(seed)
-    distinct, counts = np.unique(data, return_counts=True)
-    if distinct.size <= 64:  # a resample is fully described by how often each value is drawn
-        draws = generator.multinomial(data.size, counts / data.size, size=samples)
-        return np.asarray(draws @ distinct / data.size)
-    means = np.empty(samples)
-    for start in range(0, samples, 1000):  # bounds memory: 1000 x n indices at a time
-        stop = min(start + 1000, samples)
-        chosen = generator.integers(0, data.size, size=(stop - start, data.size))
-        means[start:stop] = data[chosen].mean(axis=1)
-    return means
-
-
-def percentile_interval(
-    means: npt.NDArray[np.float64], confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """The middle `confidence` of bootstrap means."""
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def paired_bootstrap(
-    before: Sequence[float],
-    after: Sequence[float],
-    samples: int = BOOTSTRAP_SAMPLES,
-    seed: int = 0,
-) -> Metric:
-    """Difference of means after - before on the same rows: value, interval and two-sided p.
-
-    p is twice the share of resampled differences on the other side of zero, at least
-    1 / samples: a resampling test cannot show less.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} rows against {len(after)}: not paired")
-    differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    means = bootstrap_means(differences, samples, seed)
-    beyond = min(np.mean(means <= 0), np.mean(means >= 0))
-    return {
-        "n": len(before),
-        "value": float(differences.mean()),
-        "interval": list(percentile_interval(means)),
-        "p": float(min(1.0, max(2 * beyond, 1 / samples))),
-        "samples": samples,
-        "seed": seed,
-    }
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment, in the order given."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, (len(p_values) - rank) * p_values[index])
-        adjusted[index] = min(1.0, largest)
-    return adjusted
+Reading = Callable[[Prediction], str | None]
 
 
 # --- several samples a row ------------------------------------------------------------------------
@@ -267,16 +126,44 @@ def word_errors_by_minute(
 # --- an evaluation --------------------------------------------------------------------------------
 
 
-def is_correct(prediction: Prediction) -> bool:
-    """Whether the verdict equals the ground truth; a row in error is wrong."""
-    return prediction["verdict"] is not None and (
-        prediction["verdict"] == prediction["ground_truth"]
-    )
-
-
 def is_truncated(prediction: Prediction) -> bool:
     """Whether the response was cut at the token limit."""
     return bool(prediction["finish_reason"] == "length")
+
+
+def is_failed(prediction: Prediction) -> bool:
+    """Whether the row could not be asked. One that could not be spoken keeps its text."""
+    spoken = "speech_transcript" in prediction and prediction["finish_reason"] != "error"
+    return bool(prediction["error"]) and not spoken
+
+
+def strictly(prediction: Prediction) -> str | None:
+    """The verdict that counts: none of a response that was cut, or of a row that failed."""
+    if is_truncated(prediction) or is_failed(prediction):
+        return None
+    verdict: str | None = prediction["verdict"]
+    return verdict
+
+
+def leniently(prediction: Prediction) -> str | None:
+    """The same after the lenient reading."""
+    if is_truncated(prediction) or is_failed(prediction):
+        return None
+    verdict: str | None = prediction.get("lenient_verdict", prediction["verdict"])
+    return verdict
+
+
+def is_correct(prediction: Prediction, reading: Reading = strictly) -> bool:
+    """Whether the verdict that counts equals the ground truth."""
+    return bool(reading(prediction) == prediction["ground_truth"])
+
+
+def is_heard_correctly(prediction: Prediction, key: str = "transcript_verdict") -> bool:
+    """Whether the transcript's verdict equals the ground truth; a cut or failed row is wrong."""
+    whole = not (
+        is_truncated(prediction) or prediction.get("speech_truncated") or prediction["error"]
+    )
+    return bool(whole and prediction.get(key) == prediction["ground_truth"])
 
 
 def majority_floor(labels: Sequence[int]) -> Metric:
@@ -297,7 +184,7 @@ def confusion(predictions: Sequence[Prediction]) -> Metric:
     """{"n", "counts": {label: {verdict or "none": count}}}, every cell present."""
     counts = {truth: dict.fromkeys((*VERDICTS, NO_VERDICT), 0) for truth in VERDICTS}
     for prediction in predictions:
-        counts[prediction["ground_truth"]][prediction["verdict"] or NO_VERDICT] += 1
+        counts[prediction["ground_truth"]][strictly(prediction) or NO_VERDICT] += 1
     return {"n": len(predictions), "counts": counts}
 
 
@@ -330,19 +217,22 @@ def accuracy_by(
     ]
 
 
-def accuracy(predictions: Sequence[Prediction]) -> Metric:
-    """Accuracy over rows. With one sample a row a Wilson interval, else bootstrap over rows."""
+def accuracy(predictions: Sequence[Prediction], reading: Reading = strictly) -> Metric:
+    """Accuracy over rows; `interval_method` says which interval it has."""
     rows = by_row(predictions)
     if all(len(samples) == 1 for samples in rows.values()):
-        return {**rate(map(is_correct, predictions)), "interval_method": "wilson"}
-    shares = [float(np.mean([is_correct(p) for p in samples])) for samples in rows.values()]
+        return {**rate(is_correct(p, reading) for p in predictions), "interval_method": "wilson"}
+    shares = [
+        float(np.mean([is_correct(p, reading) for p in samples])) for samples in rows.values()
+    ]
+    answers = max(map(len, rows.values()))
     return {
         "n": len(rows),
         "responses": len(predictions),
-        "correct": sum(map(is_correct, predictions)),
+        "correct": sum(is_correct(p, reading) for p in predictions),
         "value": float(np.mean(shares)),
-        "interval": list(percentile_interval(bootstrap_means(shares))),
-        "interval_method": f"bootstrap over rows, {BOOTSTRAP_SAMPLES} resamples, seed 0",
+        "interval": list(clustered_interval(shares, answers)),
+        "interval_method": "wilson over the answers that are independent by the spread of rows",
     }
 
 
@@ -363,7 +253,7 @@ def sampled(predictions: Sequence[Prediction]) -> Metric:
             for k in (*powers, num_samples)
         },
         "majority_vote": rate(
-            majority_verdict(p["verdict"] for p in samples) == samples[0]["ground_truth"]
+            majority_verdict(map(strictly, samples)) == samples[0]["ground_truth"]
             for samples in rows.values()
         ),
     }
@@ -374,13 +264,17 @@ def summarise(predictions: Sequence[Prediction]) -> Metric:
     rows = by_row(predictions)
     firsts = [samples[0] for samples in rows.values()]
     failed = [p for p in firsts if p["error"]]
-    answered = [p for p in predictions if not p["error"]]
+    answered = [p for p in predictions if not is_failed(p)]
+    parsed = [p for p in predictions if strictly(p) is not None]
     judged = [p for p in predictions if p["teacher_verdict"] is not None]
     summary: Metric = {
         "rows": len(rows),
         "accuracy": accuracy(predictions),
+        "accuracy_lenient": accuracy(predictions, leniently),
+        "accuracy_among_parsed": rate(map(is_correct, parsed)),
         "majority_floor": majority_floor([p["label"] for p in firsts]),
-        "parsed": rate(p["verdict"] is not None for p in predictions),
+        "parsed": rate(strictly(p) is not None for p in predictions),
+        "parsed_lenient": rate(leniently(p) is not None for p in predictions),
         "format": rate(p["components"]["text_format"] == 1.0 for p in predictions),
         "truncated": rate(map(is_truncated, predictions)),
         "failed_rows": {
@@ -419,12 +313,19 @@ def summarise_speech(predictions: Sequence[Prediction], normalise: Callable[[str
     written = [normalise(p["response"]) for p in spoken]
     heard = [normalise(p["speech_transcript"]) for p in spoken]
     straight = [row for row, p in enumerate(spoken) if not p.get("speech_windows_looped")]
+    whole = [
+        row for row, p in enumerate(spoken) if not p.get("speech_truncated") and not is_truncated(p)
+    ]
     windows = sum(p.get("speech_windows", 0) for p in spoken)
     return {
         "wer": word_errors(written, heard),
         # Where the recogniser ran to its limit it heard itself, not the answer.
         "wer_without_loops": word_errors(
             [written[row] for row in straight], [heard[row] for row in straight]
+        ),
+        # What our own limits cut off counts as deletions in the first rate.
+        "wer_without_cut": word_errors(
+            [written[row] for row in whole], [heard[row] for row in whole]
         ),
         "wer_by_minute": word_errors_by_minute(
             written, heard, [p["speech_seconds"] for p in spoken]
@@ -434,8 +335,9 @@ def summarise_speech(predictions: Sequence[Prediction], normalise: Callable[[str
             "looped": sum(p.get("speech_windows_looped", 0) for p in spoken),
         },
         "accuracy_from_text": rate(map(is_correct, predictions)),
-        "accuracy_from_transcript": rate(
-            p.get("transcript_verdict") == p["ground_truth"] for p in predictions
+        "accuracy_from_transcript": rate(map(is_heard_correctly, predictions)),
+        "accuracy_from_transcript_lenient": rate(
+            is_heard_correctly(p, "transcript_verdict_lenient") for p in predictions
         ),
         "rows_with_speech": rate(p.get("speech_transcript") is not None for p in predictions),
         "speech_truncated": rate(bool(p.get("speech_truncated")) for p in predictions),

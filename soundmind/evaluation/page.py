@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from soundmind.evaluation.metrics import NO_VERDICT, is_correct, is_truncated
-from soundmind.evaluation.tables import PRACTICE, breakdown, floor_text, headline
+from soundmind.evaluation.tables import PRACTICE, breakdown, floor_text, headline, parse_warning
 from soundmind.system.files import write_text
 from soundmind.task.labels import VERDICTS, split_response
 
@@ -53,6 +53,7 @@ def write_report(
         summary=summary,
         settings=_settings(summary, config),
         headline=headline(summary),
+        warning=parse_warning(summary),
         breakdown=breakdown(summary),
         floor=floor_text(summary),
         confusion=summary["confusion"],
@@ -108,6 +109,7 @@ def example_record(line: dict[str, Any]) -> dict[str, Any]:
         "sample": line["sample"],
         "label": line["ground_truth"],
         "verdict": line["verdict"],
+        "lenient": line["lenient_verdict"],
         "right": is_correct(line),
         "form": line["components"]["text_format"] == 1.0,
         "cut": is_truncated(line),

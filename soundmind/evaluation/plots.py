@@ -57,6 +57,7 @@ def write_plots(
 
 def _accuracy_plot(axes: Axes, summary: dict[str, Any]) -> None:
     bars: list[tuple[str, dict[str, Any], str]] = [("all", summary["accuracy"], "tab:blue")]
+    bars.append(("lenient", summary["accuracy_lenient"], "tab:olive"))
     if "speech" in summary:
         heard = summary["speech"]["accuracy_from_transcript"]
         bars.append(("from transcript", heard, "tab:purple"))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soundmind.evaluation.metrics import WELL_PARSED
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -35,16 +37,20 @@ def headline(summary: dict[str, Any]) -> list[dict[str, str]]:
         {
             "what": "this evaluation" + (", from text" if speech else ""),
             "n": str(accuracy["n"]),
-            "correct": str(accuracy["correct"])
-            + (f" of {accuracy['responses']}" if "responses" in accuracy else ""),
+            "correct": _correct_text(accuracy),
             "accuracy": percent(accuracy["value"]),
             "interval": interval_text(accuracy["interval"]),
             "wer": percent(speech["wer"]["value"]) if speech else "",
         }
     ]
+    rows.append({"what": "the same, lenient reading", **_rate_cells(summary["accuracy_lenient"])})
+    among = _rate_cells(summary["accuracy_among_parsed"])
+    rows.append({"what": "among responses with a readable verdict", **among})
     if speech:
         heard = speech["accuracy_from_transcript"]
         rows.append({"what": "this evaluation, from the transcript", **_rate_cells(heard)})
+        fairly = speech["accuracy_from_transcript_lenient"]
+        rows.append({"what": "the same, lenient reading", **_rate_cells(fairly)})
     if "sampled" in summary:
         vote = summary["sampled"]["majority_vote"]
         count = summary["sampled"]["samples_per_row"]
@@ -74,10 +80,26 @@ def headline(summary: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def _correct_text(rate: dict[str, Any]) -> str:
+    return f"{rate['correct']}" + (f" of {rate['responses']}" if "responses" in rate else "")
+
+
+def parse_warning(summary: dict[str, Any]) -> str | None:
+    """A sentence where so few verdicts are readable that accuracy measures form, else None."""
+    parsed, lenient = summary["parsed"], summary["parsed_lenient"]
+    if parsed["value"] is None or parsed["value"] >= WELL_PARSED:
+        return None
+    return (
+        f"Only {percent(parsed['value'])} % of {parsed['n']} responses have a readable verdict "
+        f"({percent(lenient['value'])} % to a lenient reader): the accuracy mixes form with "
+        "reasoning. Compare models by the lenient reading, too."
+    )
+
+
 def _rate_cells(rate: dict[str, Any]) -> dict[str, str]:
     return {
         "n": str(rate["n"]),
-        "correct": str(rate["correct"]),
+        "correct": _correct_text(rate),
         "accuracy": percent(rate["value"]),
         "interval": interval_text(rate["interval"]),
         "wer": "",
@@ -95,6 +117,7 @@ def breakdown(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
     form = [
         ("readable verdict", summary["parsed"]),
+        ("readable to a lenient reader", summary["parsed_lenient"]),
         ("whole format rule", summary["format"]),
         ("cut at the token limit", summary["truncated"]),
     ]
@@ -165,8 +188,14 @@ def print_evaluation(summary: dict[str, Any], config: dict[str, Any], output: Pa
         f"{parsed['n']} responses; {cut['correct']} cut at {config['generation']['max_tokens']} "
         "tokens"
     )
+    if warning := parse_warning(summary):
+        console.print(f"[bold red]{warning}[/]")
     if speech:
-        wer = speech["wer"]
+        wer, whole = speech["wer"], speech["wer_without_cut"]
+        console.print(
+            f"WER without the {wer['clips'] - whole['clips']} clips that were cut: "
+            f"{percent(whole['value'])} % over {whole['n']} words of {whole['clips']} clips"
+        )
         console.print(
             f"WER over {wer['n']} words of {wer['clips']} clips: {wer['substitutions']} "
             f"substitutions, {wer['deletions']} deletions, {wer['insertions']} insertions; "
@@ -192,9 +221,14 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     console.print(
         f"baseline {base['folder']}: {base['model']}, {base['configuration']}", markup=False
     )
+    for item in comparison["comparisons"]:
+        for line in item["settings_differ"]:
+            console.print(f"differs, {item['folder']}: {line}", markup=False)
     console.print(_comparison_table(comparison))
     console.print(
-        "difference: paired bootstrap, 95 %; McNemar exact, two-sided; Holm over "
+        f"baseline {percent(base['accuracy']['value'])} %, lenient reading "
+        f"{percent(base['accuracy_lenient']['value'])} %; difference: paired bootstrap, 95 %; "
+        "McNemar exact, two-sided; Holm over "
         f"{len(comparison['comparisons'])} comparison(s); {floor_text(comparison)}"
     )
 
@@ -203,9 +237,9 @@ def _comparison_table(comparison: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table()
-    for name in ("", "rows", "accuracy %", "against", "difference", "won", "lost"):
+    for name in ("", "rows", "accuracy %", "lenient %", "against", "difference"):
         table.add_column(name, justify="left" if not name else "right")
-    for name in ("McNemar p", "Holm", "bootstrap p", "Holm"):
+    for name in ("won", "lost", "McNemar p", "Holm", "bootstrap p", "Holm"):
         table.add_column(name, justify="right")
     for item in comparison["comparisons"]:
         boot, test = item["bootstrap"], item["mcnemar"]
@@ -214,6 +248,7 @@ def _comparison_table(comparison: dict[str, Any]) -> Table:
             item["folder"],
             str(item["rows_shared"]),
             percent(item["accuracy"]["value"]),
+            percent(item["accuracy_lenient"]["value"]),
             percent(item["baseline_accuracy"]["value"]),
             f"{100 * boot['value']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
             str(item["won"]["count"]),

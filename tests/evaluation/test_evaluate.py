@@ -95,28 +95,37 @@ def test_responses_cannot_inject_markup(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data__split": "dev"},
-        {"data__limit": 16},
-        {"data__data_source": "soundmind/practice"},
+        {"split": "dev"},
+        {"data_source": "soundmind/practice"},
+        {"id": "0657"},
+        {"label": 1, "ground_truth": "entailed"},
         {"model__stand_in": "stand-in with random weights"},
         {"data__mode": "text"},  # nobody has published text to text
     ],
 )
-def test_the_papers_figures_stand_nowhere_else(tmp_path: Path, changes: dict[str, Any]) -> None:
-    folder = save(tmp_path / "x", [saved_line(0, 1, 1)], **changes)
-    evaluate.finish_evaluation(folder)
-    assert json.loads((folder / "metrics.json").read_text())["paper"] == []
-    assert "81.40" not in (folder / "report.html").read_text()
+def test_the_papers_figures_stand_nowhere_else(changes: dict[str, Any]) -> None:
+    """656 rows of which one is another, or another configuration; three rows of the test split."""
+    settings = {key: value for key, value in changes.items() if "__" in key}
+    lines = alr_test_lines()
+    first = next(line for line in lines if line["label"] == 0)
+    first |= {key: value for key, value in changes.items() if "__" not in key}
+    config = {
+        "data": {"mode": settings.get("data__mode", "audio")},
+        "model": {"stand_in": settings.get("model__stand_in")},
+        "output_modality": "text",
+    }
+    assert paper_figures(config, lines) == []
+    assert paper_figures(config, lines[:3]) == []
 
 
 def test_published_counts_and_percentages_agree() -> None:
     for mode, modality in (("audio", "text"), ("text", "speech"), ("audio", "speech")):
         config = {
-            "data": {"data_source": "soundmind/alr", "split": "test", "limit": None, "mode": mode},
+            "data": {"mode": mode},
             "model": {"stand_in": None},
             "output_modality": modality,
         }
-        figures = paper_figures(config)
+        figures = paper_figures(config, alr_test_lines())
         assert len(figures) == 2
         for figure in figures:
             assert f"{100 * figure['correct'] / figure['n']:.2f}" == f"{figure['accuracy']:.2f}"
@@ -178,6 +187,49 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
     ):
         with pytest.raises(CompareError, match=message):
             compare(folders)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generation__max_tokens": 16},
+        {"generation__temperature": 1.3},
+        {"data__digest": "2" * 16},
+        {"data__mode": "text"},
+        {"output_modality": "speech"},
+    ],
+)
+def test_compare_refuses_other_settings_unless_asked_and_lists_them_first(
+    tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [
+        str(save(tmp_path / "a", [saved_line(i, 1, 1) for i in range(4)])),
+        str(save(tmp_path / "b", [saved_line(i, 1, 0) for i in range(4)], **changes)),
+    ]
+    key = next(iter(changes)).replace("__", ".")
+    assert soundmind_evaluate.main(["compare", *folders]) == 2
+    assert f"{key}: " in capsys.readouterr().err
+    assert soundmind_evaluate.main(["compare", *folders, "--across-settings"]) == 0
+    out = capsys.readouterr().out
+    assert f"{key}: " in out and out.index(f"{key}: ") < out.index("McNemar")
+
+
+def test_compare_takes_models_speeds_and_places_for_no_settings(tmp_path: Path) -> None:
+    lines = [saved_line(i, 1, 1) for i in range(4)]
+    save(tmp_path / "a", lines)
+    others = {"model__digest": "9" * 16, "data__path": "b", "generation__batch_rows": 1}
+    save(tmp_path / "b", lines, **others)
+    assert compare([tmp_path / "a", tmp_path / "b"])["comparisons"][0]["settings_differ"] == []
+
+
+def test_compare_refuses_one_id_in_two_rows(tmp_path: Path) -> None:
+    lines = [saved_line(i, 1, 1) for i in range(4)]
+    lines[3]["id"] = lines[0]["id"]
+    save(tmp_path / "a", lines)
+    save(tmp_path / "b", [saved_line(i, 1, 1) for i in range(4)])
+    for folders in (("a", "b"), ("b", "a")):
+        with pytest.raises(CompareError, match="0001 stands in two rows"):
+            compare([tmp_path / name for name in folders])
 
 
 # --- resuming -------------------------------------------------------------------------------------

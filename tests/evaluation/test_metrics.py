@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from soundmind.evaluation import metrics
+from soundmind.evaluation import intervals, metrics
 from soundmind.evaluation.metrics import Prediction
 
 
@@ -45,7 +45,7 @@ def prediction(index: int, label: int, verdict: str | None, **changes: Any) -> d
 
 
 def test_the_papers_figure_is_534_of_656_with_78_2_to_84_2() -> None:
-    rate = metrics.rate([True] * 534 + [False] * 122)
+    rate = intervals.rate([True] * 534 + [False] * 122)
     assert f"{100 * rate['value']:.2f}" == "81.40"
     assert [f"{100 * bound:.1f}" for bound in rate["interval"]] == ["78.2", "84.2"]
 
@@ -56,7 +56,7 @@ def test_wilson_intervals_agree_with_scipy() -> None:
         n = generator.randint(1, 2000)
         correct = generator.choice([0, n, generator.randint(0, n)])
         expected = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
-        assert metrics.wilson_interval(correct, n) == pytest.approx(
+        assert intervals.wilson_interval(correct, n) == pytest.approx(
             (expected.low, expected.high), abs=1e-12
         )
 
@@ -64,7 +64,7 @@ def test_wilson_intervals_agree_with_scipy() -> None:
 @pytest.mark.parametrize("counts", [(1, 0), (-1, 5), (6, 5)])
 def test_wilson_refuses_impossible_counts(counts: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="no interval"):
-        metrics.wilson_interval(*counts)
+        intervals.wilson_interval(*counts)
 
 
 def test_mcnemar_agrees_with_scipy_and_statsmodels() -> None:
@@ -72,7 +72,7 @@ def test_mcnemar_agrees_with_scipy_and_statsmodels() -> None:
     generator = random.Random(1)
     for _ in range(200):
         won, lost = generator.randint(0, 60), generator.randint(0, 60)
-        ours = metrics.mcnemar_exact(won, lost)
+        ours = intervals.mcnemar_exact(won, lost)
         theirs = tables.mcnemar([[300, lost], [won, 200]], exact=True).pvalue
         assert ours == pytest.approx(theirs, abs=1e-12)
         if won + lost:
@@ -82,7 +82,7 @@ def test_mcnemar_agrees_with_scipy_and_statsmodels() -> None:
 
 def test_mcnemar_agrees_with_scipy_on_counts_of_thousands() -> None:
     expected = scipy.stats.binomtest(2400, 5000).pvalue
-    assert metrics.mcnemar_exact(2400, 2600) == pytest.approx(expected, rel=1e-9)
+    assert intervals.mcnemar_exact(2400, 2600) == pytest.approx(expected, rel=1e-9)
 
 
 def test_paired_bootstrap_agrees_with_scipy() -> None:
@@ -90,7 +90,7 @@ def test_paired_bootstrap_agrees_with_scipy() -> None:
     for correlation in (0.2, 0.8):
         before = generator.random(656) < 0.776
         after = np.where(generator.random(656) < correlation, before, generator.random(656) < 0.85)
-        ours = metrics.paired_bootstrap(before.astype(float), after.astype(float), seed=3)
+        ours = intervals.paired_bootstrap(before.astype(float), after.astype(float), seed=3)
         theirs = scipy.stats.bootstrap(
             (before.astype(float), after.astype(float)),
             lambda a, b, axis: b.mean(axis) - a.mean(axis),
@@ -115,19 +115,19 @@ def test_bootstrap_of_few_and_of_many_distinct_values_has_the_same_spread() -> N
     generator = np.random.default_rng(5)
     few = generator.integers(0, 2, 400).astype(float)
     many = few + generator.normal(0, 1e-9, 400)  # all distinct, so resampled by index
-    assert metrics.bootstrap_means(few).std() == pytest.approx(
-        metrics.bootstrap_means(many).std(), rel=0.05
+    assert intervals.bootstrap_means(few).std() == pytest.approx(
+        intervals.bootstrap_means(many).std(), rel=0.05
     )
 
 
 def test_paired_bootstrap_of_equal_models_finds_nothing() -> None:
-    result = metrics.paired_bootstrap([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    result = intervals.paired_bootstrap([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
     assert (result["value"], result["interval"], result["p"]) == (0.0, [0.0, 0.0], 1.0)
 
 
 def test_paired_bootstrap_refuses_unpaired_rows() -> None:
     with pytest.raises(ValueError, match="not paired"):
-        metrics.paired_bootstrap([1.0], [1.0, 0.0])
+        intervals.paired_bootstrap([1.0], [1.0, 0.0])
 
 
 def test_holm_agrees_with_statsmodels() -> None:
@@ -136,7 +136,7 @@ def test_holm_agrees_with_statsmodels() -> None:
     for count in (1, 2, 5, 9):
         p_values = [generator.random() ** 2 for _ in range(count)]
         expected = multitest.multipletests(p_values, method="holm")[1]
-        assert metrics.holm(p_values) == pytest.approx(list(expected))
+        assert intervals.holm(p_values) == pytest.approx(list(expected))
 
 
 def test_pass_at_k_agrees_with_enumeration() -> None:
@@ -193,8 +193,8 @@ def test_majority_floor_of_the_test_split_is_54_88_percent() -> None:
 
 
 def test_rates_without_outcomes_have_no_value() -> None:
-    assert metrics.rate([]) == {"n": 0, "correct": 0, "value": None, "interval": None}
-    assert metrics.spread([None])["n"] == 0
+    assert intervals.rate([]) == {"n": 0, "correct": 0, "value": None, "interval": None}
+    assert intervals.spread([None])["n"] == 0
 
 
 def test_ranges_of_a_measure_hold_every_row_once() -> None:
@@ -271,3 +271,104 @@ def test_metrics_import_without_torch_verl_vllm_or_transformers() -> None:
         "import soundmind.evaluation.metrics\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what counts ----------------------------------------------------------------------------------
+
+
+def test_cut_and_failed_rows_are_wrong_whatever_they_say() -> None:
+    lines = [
+        prediction(0, 1, "entailed"),
+        prediction(1, 1, "entailed", finish_reason="length"),
+        prediction(2, 0, "not-entailed", finish_reason="length"),
+        prediction(3, 1, "entailed", error="clip not found", finish_reason="error"),
+    ]
+    summary = metrics.summarise(lines)
+    for name in ("accuracy", "accuracy_lenient", "parsed"):
+        assert (summary[name]["n"], summary[name]["correct"]) == (4, 1), name
+    assert summary["confusion"]["counts"]["entailed"] == {
+        **{"not-entailed": 0, "entailed": 1, "none": 2}
+    }
+    assert summary["by_label"]["not-entailed"]["correct"] == 0
+    assert summary["accuracy_among_parsed"]["value"] == 1.0
+
+
+def test_a_row_that_could_not_be_spoken_keeps_its_text_and_its_transcript_is_wrong() -> None:
+    pytest.importorskip("jiwer")
+    spoken = {"speech_transcript": None, "transcript_verdict": None}
+    line = prediction(0, 1, "entailed", error="no speech: the talker gave nothing", **spoken)
+    assert metrics.summarise([line])["accuracy"]["correct"] == 1
+    speech = metrics.summarise_speech([line], str.lower)
+    assert speech["accuracy_from_text"]["correct"] == 1
+    assert speech["accuracy_from_transcript"]["correct"] == 0
+
+
+def test_reasoning_and_form_are_told_apart() -> None:
+    lines = [prediction(i, 1, None, lenient_verdict="entailed") for i in range(3)]
+    lines += [prediction(3, 1, "entailed"), prediction(4, 1, "not-entailed")]
+    summary = metrics.summarise(lines)
+    assert summary["accuracy"]["value"] == pytest.approx(0.2)
+    assert summary["accuracy_lenient"]["value"] == pytest.approx(0.8)
+    assert summary["accuracy_among_parsed"] | {"interval": None} == {
+        **{"n": 2, "correct": 1, "value": 0.5, "interval": None}
+    }
+
+
+def test_a_warning_says_where_few_verdicts_are_readable() -> None:
+    from soundmind.evaluation.tables import headline, parse_warning
+
+    lines = [prediction(i, 1, "entailed" if i < 17 else None) for i in range(20)]
+    summary = metrics.summarise(lines) | {"paper": []}
+    assert "Only 85.00 %" in (parse_warning(summary) or "")
+    assert parse_warning(metrics.summarise(lines[:18]) | {"paper": []}) is None
+    assert "lenient reading" in " ".join(row["what"] for row in headline(summary))
+
+
+@pytest.mark.parametrize("right", [0, 4])
+def test_an_interval_of_equal_rows_is_no_point(right: int) -> None:
+    lines = [
+        prediction(row, 1, "entailed" if sample < right else "not-entailed", sample=sample)
+        for row in range(16)
+        for sample in range(4)
+    ]
+    low, high = metrics.accuracy(lines)["interval"]
+    assert high - low > 0.03 and 0.0 <= low <= right / 4 <= high <= 1.0
+
+
+@pytest.mark.parametrize("answers", [2, 8])
+@pytest.mark.parametrize("rows", [16, 100, 656])
+@pytest.mark.parametrize(
+    "beta", [(0.05, 0.05), (1, 1), (20, 20), (0.5, 9.5), (9.5, 0.5), (50, 950)]
+)
+def test_intervals_over_several_answers_a_row_cover(
+    beta: tuple[float, float], rows: int, answers: int
+) -> None:
+    generator = np.random.default_rng(0)
+    truth, covered, times = beta[0] / sum(beta), 0, 300
+    for _ in range(times):
+        shares = generator.binomial(answers, generator.beta(*beta, rows)) / answers
+        low, high = intervals.clustered_interval(shares.tolist(), answers)
+        covered += low <= truth <= high
+    assert covered / times > 0.92
+
+
+def test_clips_cut_by_our_own_limits_are_told_from_misheard_ones() -> None:
+    pytest.importorskip("jiwer")
+    said = {"response": "a b c d", "speech_seconds": 2.0}
+    lines = [
+        prediction(0, 1, "entailed", **said, speech_transcript="a b c x"),
+        prediction(1, 1, "entailed", **said, speech_transcript="a", speech_truncated=True),
+    ]
+    speech = metrics.summarise_speech(lines, str.lower)
+    assert (speech["wer"]["n"], speech["wer"]["value"]) == (8, pytest.approx(0.5))
+    whole = speech["wer_without_cut"]
+    assert (whole["n"], whole["clips"], whole["value"]) == (4, 1, pytest.approx(0.25))
+
+
+def test_no_two_samples_share_a_stream_of_random_numbers() -> None:
+    from soundmind.evaluation.text import row_seed
+
+    for seed in (0, 1, 7):
+        seeds = [row_seed(seed, row) + sample for row in range(656) for sample in range(8)]
+        assert len({value % 2**32 for value in seeds}) == 656 * 8  # a CPU's generator takes 32 bits
+    assert row_seed(0, 1) != row_seed(1, 0) and row_seed(0, 0) == row_seed(0, 0)
