@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soundmind.data.preprocess import BASE_MODEL, FAULTS_SHOWN, BadInput, make_job, make_parquet
+from soundmind.data.job import FAULTS_SHOWN, BadInput
+from soundmind.data.preprocess import BASE_MODEL, make_job, make_parquet
 from soundmind.system.errors import command
 from soundmind.task.schema import MODES, SPLITS, TASKS
 

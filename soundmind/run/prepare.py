@@ -62,11 +62,12 @@ def prepare_alr(config: DictConfig) -> None:
 def _make_parquet(**options: Any) -> None:
     """`soundmind.preprocess` in this process; its error ends the preparation."""
     from soundmind.data import preprocess
+    from soundmind.data.job import BadInput
     from soundmind.data.sources import SourceError
 
     try:
         preprocess.make_parquet(preprocess.make_job(**options))
-    except preprocess.BadInput as error:
+    except BadInput as error:
         print(error.report())
         raise ConfigError(f"{options['data_dir']} has faults, see above") from None
     except SourceError as error:
