@@ -129,15 +129,17 @@ class Espeak:
             ]
         except SpeechError as error:
             raise ClipFault("no-speech", str(error)) from error
-        rate = sounds[0][1]
-        pause = np.zeros(round(PARAGRAPH_SECONDS * rate), dtype=np.float32)
-        pieces = [piece for samples, _ in sounds for piece in (samples, pause)]
-        return np.concatenate(pieces[:-1]), rate
+        pause = np.zeros(round(PARAGRAPH_SECONDS * RATE), dtype=np.float32)
+        parts = [part for sound in sounds for part in (sound, pause)]
+        return np.concatenate(parts[:-1]), RATE
 
 
-def speak_paragraph(text: str, voice: str, speed: int) -> tuple[Wave, int]:
-    """Samples and rate of one paragraph by espeak-ng."""
-    return speak(text, voice=voice, speed=speed)
+def speak_paragraph(text: str, voice: str, speed: int) -> Wave:
+    """One paragraph by espeak-ng, (num_samples,) at RATE."""
+    import soxr
+
+    samples, rate = speak(text, voice=voice, speed=speed)
+    return np.asarray(soxr.resample(samples, rate, RATE, quality="HQ"), dtype=np.float32)
 
 
 _speak_once = lru_cache(maxsize=128)(speak_paragraph)  # a few megabytes each, in every worker
