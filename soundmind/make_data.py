@@ -194,6 +194,8 @@ def _resolve(arguments: argparse.Namespace) -> Making:
         raise UserError(f"--answer-words: {arguments.answer_words} is no range")
     if "triples" in arguments.stages and not arguments.source:
         raise UserError("the stage triples reads files: name them with --source")
+    if "reasoning" in arguments.stages and not arguments.teacher_url:
+        raise UserError("the stage reasoning asks a teacher: name its server with --teacher-url")
     if bool(arguments.teacher_url) != bool(arguments.teacher_model):
         raise UserError("--teacher-url and --teacher-model belong together")
     if arguments.speech_url and arguments.speech_command:
@@ -297,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 2 for what a person can mend."""
     arguments = _parse_arguments(argv)
     making = _resolve(arguments)
+    if "speech" in arguments.stages:  # before anything is paid for
+        making.check_voices()
     with opened(making):
         for stage in (stage for stage in STAGE_NAMES if stage in arguments.stages):
             record = run_stage(stage, making)

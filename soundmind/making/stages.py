@@ -70,6 +70,12 @@ class Making:
         """Files between the stages."""
         return self.output / "work"
 
+    def check_voices(self) -> None:
+        """UserError where the engine cannot speak in these voices, as far as can be known."""
+        if self.separate_voices and len(self.voices) < 2:
+            raise UserError("--separate-voices needs two voices or more")
+        self.engine.check(self.voices)
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """What each stage depends on, beside the stage before."""
         digest = hashlib.sha256(repr(self.wording).encode()).hexdigest()[:16]
@@ -200,9 +206,7 @@ def _words(making: Making, rows: Rows) -> Made:
 
 def _reasoning(making: Making, rows: Rows) -> Made:
     if making.teacher is None:
-        raise UserError(
-            "the stage reasoning asks a teacher: name its server and model (--teacher-url)"
-        )
+        raise UserError("the stage reasoning needs a teacher")
     with Journal(making.work / "teacher.jsonl") as journal:
         client = replace(making.teacher, journal=journal, usage=Usage(), lost=0)
         left, likely, most = reasoning.estimate(rows, client, making.wording, making.asking)
@@ -274,9 +278,7 @@ def _parts(making: Making) -> tuple[str, ...]:
 
 
 def _speech(making: Making, rows: Rows) -> Made:
-    if making.separate_voices and len(making.voices) < 2:
-        raise UserError("--separate-voices needs two voices or more")
-    making.engine.check(making.voices)
+    making.check_voices()
     wanted = {
         (row["key"], part): _utterance(row, part, making) for row in rows for part in _parts(making)
     }

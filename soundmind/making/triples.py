@@ -70,7 +70,7 @@ def read(
 ) -> tuple[list[Triple], list[Dropped]]:
     """Triples of one JSON lines file, and the lines that hold none."""
     if not path.is_file():
-        raise UserError(f"{path} not found; --source and --exclude take JSON lines files")
+        raise UserError(f"{path} is no file; --source and --exclude take JSON lines files")
     found: list[Triple] = []
     dropped: list[Dropped] = []
     with path.open("rb") as lines:

@@ -310,6 +310,7 @@ def test_a_disk_that_is_full_ends_in_one_line_and_the_next_run_goes_on(
     [
         (["--source", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--voices", "klingon"], "klingon"),
+        (["--teacher-url", "", "--teacher-model", ""], "--teacher-url"),
         (["--split", "train=0"], "train=0"),
         (["--split", "validation=1"], "validation"),
         (["--workers", "0"], "--workers"),
@@ -361,6 +362,15 @@ def test_a_split_that_is_no_longer_made_leaves_nothing_behind(
     assert (
         "dev" not in json.loads((tmp_path / "set/parquet/audio/report.json").read_text())["splits"]
     )
+
+
+def test_a_voice_that_does_not_exist_is_said_before_the_teacher_is_paid(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    source = write_triples(tmp_path / "t.jsonl", own_triples(2))
+    asked = len(server.bodies)
+    assert main([*arguments(tmp_path / "set", source, server.url), "--voices", "klingon"]) == 2
+    assert len(server.bodies) == asked
 
 
 def test_a_folder_that_holds_other_things_is_not_touched(
