@@ -11,7 +11,7 @@ from soundmind.planning.sizes import SizeError, model_size
 # Advantages that compare the responses of a prompt with one another, by their names in verl.
 GROUPED = (
     *("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo", "gpg"),
-    "reinforce_plus_plus_baseline",
+    *("reinforce_plus_plus_baseline", "gdpo"),
 )
 
 

@@ -119,7 +119,9 @@ def reward_settings(config: DictConfig) -> Iterator[str]:
     from soundmind.task.labels import ENTAILED, answer_line
     from soundmind.task.reward import compute_score
 
-    keywords: Any = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
+    keywords: Any = OmegaConf.to_container(
+        function.get("reward_kwargs") or OmegaConf.create({}), resolve=True
+    )
     try:
         compute_score(
             "soundmind/check",

@@ -42,6 +42,7 @@ def compose_config(
             f"no configuration {name!r} in {config_dir}; there are: "
             + ", ".join(config_names(config_dir, "all"))
         )
+    _known_words(overrides, config_dir)
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base=None):
             return compose(config_name=name, overrides=list(overrides))
@@ -49,6 +50,17 @@ def compose_config(
         raise ConfigError(_explain_override(error, name, config_dir)) from error
     except HydraException as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _known_words(overrides: Sequence[str], config_dir: Path) -> None:
+    """Every `<group>=<word>` of one of our groups names a file of it; the nearest is shown."""
+    for override in overrides:
+        group, _, word = override.partition("=")
+        words = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+        if group.isidentifier() and group != "base" and words and word not in (*words, "null"):
+            close = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+            hint = f" Did you mean {group}={close[0]}?" if close else ""
+            raise ConfigError(f"no {group} {word!r}.{hint} There are: {', '.join(words)}")
 
 
 def _explain_override(error: Exception, name: str, config_dir: Path) -> str:

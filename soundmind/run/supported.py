@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from soundmind.planning.rules import GROUPED
+from soundmind.task.reward import RATE_KEYS, component_names
 
 ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
 ROLLOUT, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.model"
@@ -48,8 +49,8 @@ CHOICES = (
     Choice(
         "algorithm.adv_estimator",
         ESTIMATORS,
-        "gae wants a critic's values, remax a greedy answer beside each prompt, gdpo reward components "
-        "in the batch, the token baselines sums over the vocabulary; a step here has none of them",
+        "gae wants a critic's values, remax a greedy answer beside each prompt, the "
+        "token baselines sums over the vocabulary; a step here has none of them",
     ),
     Choice("trainer.v1.trainer_mode", ("soundmind_sync",), OTHER_TRAINER),
     Choice("trainer.use_v1", (True,), OTHER_TRAINER),
@@ -61,11 +62,6 @@ CHOICES = (
     Choice("reward.reward_manager.name", ("naive",), "the others call a reward in another way"),
     Choice("distillation.enabled", (False,), "no teacher hears clips"),
     Choice("algorithm.use_pf_ppo", (False,), "it weighs a critic's samples"),
-    Choice(
-        "algorithm.filter_groups.enable",
-        (False,),
-        "groups without a difference would be generated again, without end at a start where all agree",
-    ),
     Choice("trainer.v1.sampler.sync_refill_failed_groups", (False,), "not run with this trainer"),
     Choice(
         "algorithm.rollout_correction.rollout_is",
@@ -256,12 +252,46 @@ def algorithms(config: DictConfig) -> Iterator[str]:
         yield f"{ACTOR}.kl_loss_type={actor.kl_loss_type}; {_listed(LOSS_PENALTIES)}"
     if actor.policy_loss.loss_mode == "dro" and not (actor.policy_loss.get("dro_beta") or 0) > 0:
         yield f"{ACTOR}.policy_loss.loss_mode=dro needs policy_loss.dro_beta above 0"
+    yield from _recipes(config)
     rejections = algorithm.rollout_correction.rollout_rs
     for name in str(rejections).split(",") if rejections else ():
         if name.strip() not in REJECTIONS:
             yield f"algorithm.rollout_correction.rollout_rs={name.strip()}; {_listed(REJECTIONS)}"
     if rejections and algorithm.rollout_correction.rollout_rs_threshold is None:
         yield "algorithm.rollout_correction.rollout_rs needs rollout_rs_threshold"
+
+
+def _recipes(config: DictConfig) -> Iterator[str]:
+    """GDPO's components and DAPO's measure are numbers that the reward returns."""
+    algorithm, reward = config.algorithm, config.reward.custom_reward_function
+    if reward.path != "pkg://soundmind.rewards":
+        return
+    settings: Any = OmegaConf.to_container(reward.get("reward_kwargs") or {}, resolve=True)
+    try:
+        components = component_names(**settings)
+    except (ValueError, TypeError):
+        return  # `reward_settings` says so
+    keys, weights = algorithm.get("gdpo_reward_keys"), algorithm.get("gdpo_reward_weights")
+    if algorithm.adv_estimator == "gdpo":
+        for name in keys or ("nothing",):
+            if name not in components:
+                yield f"algorithm.gdpo_reward_keys: {name}; {_listed(components)}"
+        if weights is not None and len(weights) != len(keys or ()):
+            yield (
+                f"algorithm.gdpo_reward_weights has {len(weights)} numbers for {len(keys or ())} "
+                "gdpo_reward_keys; give one each"
+            )
+        if algorithm.use_kl_in_reward:
+            yield (
+                "algorithm.use_kl_in_reward=true: gdpo normalises the components alone and would lose "
+                f"the penalty; set it to false and {ACTOR}.use_kl_loss=true"
+            )
+    filtered = algorithm.filter_groups
+    measures = ("reward", "score", *RATE_KEYS, *components)
+    if filtered.enable and filtered.metric not in measures:
+        yield f"algorithm.filter_groups.metric={_text(filtered.metric)}; {_listed(measures)}"
+    if filtered.enable and config.actor_rollout_ref.rollout.n < 2:
+        yield "algorithm.filter_groups.enable=true: one response a prompt never differs; use n >= 2"
 
 
 def logprobs(config: DictConfig) -> Iterator[str]:

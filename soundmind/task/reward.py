@@ -23,9 +23,10 @@ verl calls `compute_score` for every response and averages, logs and dumps what 
           preset: paper              # PRESETS below
           weights: {text_length: 0}  # optional: change single weights of the preset
           length_unit: tokens        # or words
+          length: paper              # or capped, correct_only: LENGTHS below
           labels: [A, B, C, D]       # optional: another label set; default entailment
           components:                # optional: more terms, (response: str, row: dict) -> [0, 1]
-            - {name: brevity, path: pkg://my_rewards:brevity, weight: 0.5}
+            - {name: brevity, path: pkg://my_rewards:brevity, weight: 0.5}   # options: {...} by keyword
 
 Saved responses are scored again, under any of these settings and without a GPU, by
 
@@ -105,13 +106,18 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 
 
+# What the text's length earns. [ours] but the first: `capped` falls to 0 from twice the reference on
+# (soundmind.task.guards), `correct_only` is paid for right answers alone.
+LENGTHS = ("paper", "capped", "correct_only")
+
+
 _PLUGIN_PREFIX = "pkg://"
 
 
 _VERL_KWARGS = ("reward_router_address", "reward_model_tokenizer")  # sent with a reward model
 
 
-_CONFIG_KEYS = ("preset", "weights", "length_unit", "labels", "components")
+_CONFIG_KEYS = ("preset", "weights", "length_unit", "length", "labels", "components")
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ class Reward:
     length_unit: LengthUnit
     labels: LabelSet
     plugins: tuple[Plugin, ...]
+    length: str = "paper"
 
     @property
     def guarded(self) -> bool:
@@ -177,6 +184,8 @@ def compute_score(
     truth = reward.labels.read(str(ground_truth))
     right = truth is not None and response.verdict == truth
     values["answer"] = 1.0 if right and values["text_format"] == 1.0 else 0.0
+    if reward.length == "correct_only":
+        values["text_length"] *= values["answer"]
 
     failed = truth is None
     if failed:
@@ -236,6 +245,8 @@ def _grade(
         "text_length": min(1.0, ratio),
         "audio_length": audio_length,
     }
+    if reward.length == "capped":
+        values["text_length"] *= guards.over_length_factor(ratio)
     if reward.guarded:
         if guards.is_loop(response.thinking):
             values["text_format"] = 0.0
@@ -430,6 +441,9 @@ def _build(frozen: Any) -> Reward:
     unit = config.get("length_unit") or "tokens"
     if unit not in ("tokens", "words"):
         raise ValueError(f"reward_kwargs.length_unit: {unit!r} is neither 'tokens' nor 'words'")
+    length = config.get("length") or "paper"
+    if length not in LENGTHS:
+        raise ValueError(f"reward_kwargs.length: {length!r} is none of {_names(LENGTHS)}")
 
     weights = dict(PRESETS[preset])
     for name, weight in (config.get("weights") or {}).items():
@@ -445,7 +459,7 @@ def _build(frozen: Any) -> Reward:
             raise ValueError(f"reward_kwargs.components: the name {plugin.name!r} is taken")
         weights[plugin.name] = plugin.weight
     labels = _load_labels(config.get("labels"))
-    reward = Reward(preset, weights, cast(LengthUnit, unit), labels, plugins)
+    reward = Reward(preset, weights, cast(LengthUnit, unit), labels, plugins, length)
     logger.info(
         "reward preset %s: %s; at most %g, with speech %g",
         preset,
@@ -463,7 +477,7 @@ def _load_plugin(entry: Any) -> Plugin:
             "reward_kwargs.components: each entry is {name: ..., path: pkg://module:function, "
             f"weight: 1.0}}, got {entry!r}"
         )
-    unknown = sorted(set(entry) - {"name", "path", "weight"})
+    unknown = sorted(set(entry) - {"name", "path", "weight", "options"})
     if unknown:
         raise ValueError(f"reward_kwargs.components: unknown key {unknown[0]!r} in {entry!r}")
     name = str(entry["name"])
@@ -475,6 +489,10 @@ def _load_plugin(entry: Any) -> Plugin:
     )
     if not callable(fn):
         raise ValueError(f"{where}.path: {entry['path']!r} is not a function")
+    options = entry.get("options") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}.options: {options!r} is no mapping of keyword arguments")
+    fn = functools.partial(fn, **options) if options else fn
     return Plugin(name, fn, _weight(entry.get("weight", 1.0), f"{where}.weight"))
 
 

@@ -33,12 +33,12 @@ import transfer_queue as tq
 from omegaconf import open_dict
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
 from soundmind.model import checkpoints
 from soundmind.plugin.verl_entry import require_loaded
 from soundmind.training.agent_loop import ROW
+from soundmind.training.algorithms import RecipeTrainer, groups_without_signal
 from soundmind.training.feature_store import clear_spent
 from soundmind.training.metrics_file import MetricsFile
 from soundmind.training.nodes import watch_nodes
@@ -70,7 +70,7 @@ def reward_metrics(infos: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 @register_trainer(TRAINER)
-class SoundMindTrainer(PPOTrainerSync):
+class SoundMindTrainer(RecipeTrainer):
     """PPOTrainerSync with reward components, complete dumps and an appended metrics file."""
 
     def __init__(self, config: Any) -> None:
@@ -121,7 +121,7 @@ class SoundMindTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         infos = self._fetch_reward_infos(batch)
         expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics.update(reward_metrics(infos))
+        metrics.update({**reward_metrics(infos), **groups_without_signal(infos)})
         metrics["rollout/failed_sessions"] = expected - len(infos)
         if len(infos) < expected:
             logger.error(

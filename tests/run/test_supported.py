@@ -40,13 +40,13 @@ def test_every_configuration_of_ours_is_supported(name: str) -> None:
 
 # One setting each that verl takes and that dies later, hangs, or trains on something else.
 REFUSED = [
-    *(f"algorithm.adv_estimator={name}" for name in ("gae", "remax", "gdpo", "grpoo")),
+    *(f"algorithm.adv_estimator={name}" for name in ("gae", "remax", "grpoo")),
     *(f"algorithm.adv_estimator={kind}optimal_token_baseline" for kind in ("", "tir_")),
     *(f"trainer.v1.trainer_mode={name}" for name in ("sync", "colocate_async", "separate_async")),
     *("trainer.use_v1=false", "trainer.val_only=true", "trainer.resume_mode=maybe"),
     *("actor_rollout_ref.hybrid_engine=false", "critic.enable=true", "distillation.enabled=true"),
     *("reward.reward_model.enable=true", "reward.reward_manager.name=prime"),
-    *("algorithm.use_pf_ppo=true", "algorithm.filter_groups.enable=true"),
+    "algorithm.use_pf_ppo=true",
     *("trainer.v1.sampler.sync_refill_failed_groups=true", f"{R}.calculate_log_probs=false"),
     "algorithm.rollout_correction.rollout_is=word",
     "algorithm.rollout_correction.rollout_rs=seq",
