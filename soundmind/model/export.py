@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from soundmind.model import checkpoints, lora
 from soundmind.model.folder import folder_shapes, weight_faults
 from soundmind.model.parts import NOT_LOADED, THINKER_PREFIX, part_of
 from soundmind.system.errors import UserError
+from soundmind.system.files import replace_folder
 
 if TYPE_CHECKING:
     import torch
@@ -55,25 +55,19 @@ def export(checkpoint: Path, base: Path, output: Path) -> Path:
     _require_free(output, base)
     trained = load_trained(checkpoint / "actor")
     _require_fit(trained, base)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        used = _write_weights(base, partial, trained)
+
+    def fill(folder: Path) -> None:
+        used = _write_weights(base, folder, trained)
         for path in base.iterdir():
             if path.is_file() and path.suffix != ".safetensors":
-                shutil.copy2(path, partial / path.name)
+                shutil.copyfile(path, folder / path.name)
         record = {"checkpoint": str(checkpoint), "base": str(base), "thinker_tensors": used}
         if trained.adapter:
-            _write_adapter(partial / ADAPTER_FOLDER, base, trained)
+            _write_adapter(folder / ADAPTER_FOLDER, base, trained)
             record["adapter"] = ADAPTER_FOLDER
-        (partial / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(partial, output)
+        (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+    replace_folder(output, fill)
     return output
 
 
@@ -160,6 +154,7 @@ def _require_fit(trained: TrainedWeights, base: Path) -> None:
 def load_sharded_state(actor: Path) -> dict[str, torch.Tensor]:
     """Full tensors of an FSDP checkpoint, under the names of the module that was trained."""
     import torch
+    import torch.distributed.tensor  # lets DTensors be read without running anything
 
     if not (actor / "fsdp_config.json").is_file():
         raise ExportError(f"{actor} is not an FSDP checkpoint (no fsdp_config.json)")
@@ -174,8 +169,8 @@ def load_sharded_state(actor: Path) -> dict[str, torch.Tensor]:
     shards = []
     for path in paths:
         try:
-            # Our own training wrote this file; DTensors cannot be read with weights_only.
-            shards.append(torch.load(path, map_location="cpu", weights_only=False))
+            # Nothing in the file is run: a checkpoint may come from somebody else's machine.
+            shards.append(torch.load(path, map_location="cpu", weights_only=True))
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise ExportError(
                 f"{path} cannot be read ({error}); copy it again, or use an earlier step"

@@ -145,6 +145,11 @@ def replace_folder(output: Path, fill: Callable[[Path], None]) -> None:
         fresh = scratch / "new"
         fresh.mkdir()
         fill(fresh)
+        mask = os.umask(0)
+        os.umask(mask)
+        for path in fresh.rglob("*"):  # safetensors writes weights that nobody else may read
+            if path.is_file() and not path.is_symlink():
+                path.chmod(0o666 & ~mask)
         if output.exists():
             os.replace(output, scratch / "old")
         os.replace(fresh, output)
