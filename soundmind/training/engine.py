@@ -110,6 +110,7 @@ class OmniFSDPEngine(OmniMicroBatches):
 
     def initialize(self) -> None:
         require_loaded()
+        torch.manual_seed(self.engine_config.seed)  # what a new adapter starts from
         if get_device_name() == "cpu":
             # In `sync` mode nothing else runs while the actor trains, so it may use all cores.
             threads = os.environ.get("SOUNDMIND_ACTOR_THREADS")

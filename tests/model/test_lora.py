@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from processes import REPOSITORY, clean_environment, start_ranks
+from reloading import assert_loaded_again
 
 from soundmind.model import checkpoints, lora
 from soundmind.model.export import export
@@ -87,7 +88,7 @@ def test_the_base_stays_as_it_was(run: dict[str, Any]) -> None:
     base = [name for name in run["before"] if not lora.is_adapter(name)]
     assert len(base) > 50
     for name in base:
-        for moment in ("after", "after_sync", "after_load"):
+        for moment in ("after", "after_sync"):
             assert torch.equal(run[moment][name], run["before"][name]), (moment, name)
 
 
@@ -129,7 +130,27 @@ def test_every_name_sent_is_one_of_the_base_folder(
 def test_sending_leaves_the_adapter_alone(run: dict[str, Any]) -> None:
     for name, tensor in run["after"].items():
         assert torch.equal(run["after_sync"][name], tensor), name
-        assert torch.equal(run["after_load"][name], tensor), name
+
+
+def test_the_seed_decides_what_an_adapter_starts_from(
+    one_rank: dict[str, Any], random_stand_in: Path, tmp_path: Path
+) -> None:
+    starts = {}
+    for seed in (0, 1):
+        output = tmp_path / f"{seed}.pt"
+        command = [sys.executable, "-W", "ignore", str(REPOSITORY / "tests/support/parts_rank.py")]
+        command += ["--model", str(random_stand_in), "--ranks", "1", "--output", str(output)]
+        command += ["--rendezvous", str(tmp_path / f"rendezvous{seed}"), "--updates", "0"]
+        starts[seed] = start_ranks([*command, *LORA, f"run.seed={seed}"], 1, output)[0]["before"]
+    matrices = [name for name in starts[0] if ".lora_A." in name]
+    assert len(matrices) > 10
+    for name in matrices:
+        assert torch.equal(starts[0][name], one_rank["before"][name]), name
+        assert not torch.equal(starts[1][name], starts[0][name]), name
+
+
+def test_a_checkpoint_of_an_adapter_loads_into_a_scrambled_engine(run: dict[str, Any]) -> None:
+    assert_loaded_again(run)
 
 
 def test_the_reference_is_the_actor_without_its_adapter(run: dict[str, Any]) -> None:

@@ -224,8 +224,23 @@ def test_every_part_of_the_fast_step_is_timed_under_the_names_it_gives() -> None
     assert "perf/mfu/actor" in head
 
 
-def test_an_override_reaches_the_configuration() -> None:
-    assert compose_config("grpo_tiny_cpu", ["run.seed=7"]).data.seed == 7
+def test_one_seed_reaches_order_rollouts_adapters_and_the_stand_in() -> None:
+    config = compose_config("grpo_tiny_cpu", ["run.seed=7"])
+    roles = config.actor_rollout_ref
+    assert config.data.seed == config.run.stand_in_seed == roles.rollout.seed == 7
+    assert roles.actor.data_loader_seed == 7
+    assert roles.actor.fsdp_config.seed == roles.ref.fsdp_config.seed == 7
+
+
+def test_the_seed_decides_the_order_of_the_rows() -> None:
+    from verl.trainer.ppo.utils import create_rl_sampler
+
+    def order(seed: int) -> list[int]:
+        config = compose_config("grpo_tiny_cpu", [f"run.seed={seed}"])
+        return list(create_rl_sampler(config.data, range(100)))
+
+    assert order(0) == order(0) != order(1)
+    assert sorted(order(1)) == list(range(100))
 
 
 def test_an_unknown_override_names_the_key_and_its_neighbours() -> None:

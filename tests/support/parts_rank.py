@@ -25,6 +25,35 @@ def weights(engine: Any) -> dict[str, Any]:
     return {name: full(p) for name, p in engine.module.state_dict().items()}
 
 
+def progress(engine: Any) -> dict[str, Any]:
+    """What an update depends on besides weights: moments, learning rate's step, random numbers."""
+    import torch
+
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    moments = {
+        f"{names[id(parameter)]}/{key}": full(value)
+        for parameter, state in engine.optimizer.state.items()
+        for key, value in state.items()
+    }
+    schedule = engine.lr_scheduler.state_dict()
+    steps = {key: schedule[key] for key in ("last_epoch", "_last_lr")}
+    return {"moments": moments, "schedule": steps, "random": torch.get_rng_state()}
+
+
+def scramble(engine: Any) -> None:
+    """Change everything that a checkpoint should bring back."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.add_(1)
+        for state in engine.optimizer.state.values():
+            for value in state.values():
+                value.add_(1)
+    engine.lr_scheduler.step()
+    torch.rand(7)
+
+
 def log_probs(engine: Any, rows: list[dict[str, Any]], rank: int, ranks: int) -> list[Any]:
     """Log-probabilities of this rank's responses, without a gradient."""
     mine = rows[rank::ranks]
@@ -115,7 +144,11 @@ def main() -> None:
             results["reference_after"] = log_probs(engine, rows, rank, ranks)
     if arguments.checkpoint:
         engine.save_checkpoint(str(arguments.checkpoint / "actor"), global_step=1)
+        results["progress"] = progress(engine)
+        scramble(engine)
+        results["scrambled"], results["scrambled_progress"] = weights(engine), progress(engine)
         engine.load_checkpoint(str(arguments.checkpoint / "actor"))
+        results["progress_after_load"] = progress(engine)
         results["after_load"] = weights(engine)
     if rank == 0:
         torch.save(results, arguments.output)
