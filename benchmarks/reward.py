@@ -139,7 +139,16 @@ def random_row(rng: random.Random) -> dict[str, Any]:
 def problems_of(result: dict[str, Any], preset: str) -> list[str]:
     """What is wrong with a result, by the reward's own contract."""
     weights = PRESETS[preset]
-    keys = ["score", *weights, "acc", "pred", "parsed", "response_tokens", "reward_error"]
+    keys = [
+        "score",
+        *weights,
+        "acc",
+        "pred",
+        "parsed",
+        "response_tokens",
+        "reward_error",
+        "reward_error_cause",
+    ]
     found = [] if list(result) == keys else ["keys"]
     if not all(0.0 <= result[name] <= 1.0 for name in (*weights, "acc", "parsed", "reward_error")):
         found.append("range")

@@ -18,15 +18,21 @@ synchronised | vLLM 0.28 `model_executor/layers/utils.py` |
 | transformers `WhisperFeatureExtractor`; https://github.com/volcengine/verl/issues/2852 |
 | `omni_token_builder` | both | verl warns about an unknown model type once per rollout | verl
 0.9.1 `utils/tokenizer/continuous_token_wiring.py` |
+| `rewindable_generators` | CPU, vLLM | a request's seed ends vLLM when its prompt is computed in
+pieces | vLLM 0.28 `v1/worker/gpu_model_runner.py` |
+| `prompt_names` | both | verl names prompts at random; one seed has to give one run | verl 0.9.1
+`trainer/ppo/v1/trainer_base.py` |
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import types
 from collections.abc import Callable
 from typing import Any
 
 APPLIED: list[str] = []
+MIN_ROWS = 16  # of a matrix product in vLLM without an accelerator
 
 
 def once(patch: Callable[[], None]) -> Callable[[], None]:
@@ -101,11 +107,61 @@ def unpacked_cpu_linear() -> None:
     import torch
     import vllm.model_executor.layers.utils as layers
 
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        # Below some rows the matrix product takes other kernels: the last bits of a sequence would
+        # depend on how many others are under way beside it, and with them, now and then, a token.
+        rows = x.flatten(0, -2)
+        if (missing := MIN_ROWS - len(rows)) <= 0:
+            return torch.nn.functional.linear(x, weight, bias)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        found = torch.nn.functional.linear(padded, weight, bias)[: len(rows)]
+        return found.view(*x.shape[:-1], -1)
+
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         # Packing would replace `layer.weight` by an empty parameter without a weight loader.
-        layer.cpu_linear = torch.nn.functional.linear
+        layer.cpu_linear = linear
 
     layers.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+@once
+def rewindable_generators() -> None:
+    """Let vLLM's CPU sampler take a seed with every request.
+
+    A prompt that is computed in pieces samples a token behind each, throws it away, and turns the
+    request's generator back; that one of the CPU cannot be turned back, and vLLM ends. Here such
+    rows sample from a generator that nobody needs. And where only some requests have a seed, vLLM's
+    CPU code ignores all of them; its native code does not.
+    """
+    import numpy as np
+    import torch
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    class Unneeded(torch.Generator):
+        def get_offset(self) -> int:
+            return 0
+
+        def set_offset(self, offset: int) -> None:
+            return None
+
+    sample, bookkeeping = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        thrown_away = np.nonzero(self.discard_request_mask.np[: batch.num_reqs])[0].tolist()
+        kept = {row: batch.generators[row] for row in thrown_away if row in batch.generators}
+        batch.generators.update({row: Unneeded() for row in kept})
+        self._soundmind_kept = kept
+        return sample(self, *args, **kwargs)
+
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = bookkeeping(self, *args, **kwargs)
+        self.input_batch.generators.update(self._soundmind_kept)
+        return found
+
+    CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = _sample, _bookkeeping_sync
+    TopKTopPSampler.forward_cpu = TopKTopPSampler.forward_native
 
 
 @once
@@ -133,3 +189,12 @@ def omni_token_builder() -> None:
 
     family = wiring.ContinuousTokenModelFamily.VL_DEFAULT
     wiring._MODEL_TYPE_TO_FAMILY.setdefault("qwen2_5_omni_thinker", family)
+
+
+def prompt_names(trainer_base: Any, name: Callable[[], str]) -> None:
+    """Let verl's trainer name prompts by `name` instead of at random.
+
+    Random streams of responses, the order of a batch and file names hang on the name, and one seed
+    has to give one run. verl asks its module's `uuid.uuid4()`.
+    """
+    trainer_base.uuid = types.SimpleNamespace(uuid4=name)

@@ -27,6 +27,7 @@ def register() -> None:
         from soundmind.plugin import patches
 
         patches.unpacked_cpu_linear()
+        patches.rewindable_generators()
     if is_engine_process():
         end_with_parent()
 

@@ -29,6 +29,7 @@ FREE = (
     *("trainer.project_name", "trainer.experiment_name", "trainer.log_val_generations"),
     *("trainer.default_local_dir", "trainer.rollout_data_dir", "trainer.validation_data_dir"),
     "actor_rollout_ref.rollout.trace",
+    "train.max_failed_share",  # when a run gives up, not what it trains
     "actor_rollout_ref.nccl_timeout",
     "ray_kwargs",  # which cluster it runs on: the next job's head node has another address
 )

@@ -196,6 +196,7 @@ RANGES = (
     Range("trainer.total_training_steps", 1, unset=True),
     Range("trainer.max_actor_ckpt_to_keep", 1, unset=True),
     Range("trainer.critic_warmup", 0),
+    Range("train.max_failed_share", 0, 1, whole=False),
     Range("data.dataloader_num_workers", 0),
     Range("data.gen_batch_size", 1, unset=True),
     Range(f"{ACTOR}.ppo_micro_batch_size_per_gpu", 1, unset=True),

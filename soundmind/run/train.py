@@ -123,6 +123,7 @@ def run_training(config: DictConfig, environment: dict[str, str]) -> None:
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.device import auto_set_device
 
+    from soundmind.training.failures import FailedResponsesError
     from soundmind.training.trainer import task_runner
 
     auto_set_device(config)
@@ -134,6 +135,8 @@ def run_training(config: DictConfig, environment: dict[str, str]) -> None:
             runtime.py_executable = shlex.quote(sys.executable)
     try:
         run_ppo(config, task_runner_class=task_runner())
+    except FailedResponsesError as error:  # Ray's copy of it, with a traceback for a message
+        raise FailedResponsesError(str(error.cause)) from None  # type: ignore[attr-defined]
     except Exception as error:
         # Which exception a lost node shows itself by depends on who was waiting for it.
         if lost := _lost_nodes(config):

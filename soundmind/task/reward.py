@@ -72,9 +72,7 @@ AUDIO_COMPONENTS = ("audio_format", "audio_length")
 
 # Not summed; verl promotes `acc` to val-core and takes majority votes over `pred`.
 RATE_KEYS = ("acc", "parsed", "reward_error")
-
-
-OTHER_KEYS = ("score", "pred", "response_tokens")
+OTHER_KEYS = ("score", "pred", "response_tokens", "reward_error_cause")
 
 
 # What a dumped rollout must carry besides the components to be graded again by any preset.
@@ -187,8 +185,9 @@ def compute_score(
     if reward.length == "correct_only":
         values["text_length"] *= values["answer"]
 
-    failed = truth is None
-    if failed:
+    cause = ""
+    if truth is None:
+        cause = f"ground truth {ground_truth!r} is none of {reward.labels.labels}"
         _log_once(
             logging.ERROR,
             "ground truth %r of %s is none of %s: the answer counts 0 and reward_error 1; "
@@ -201,9 +200,9 @@ def compute_score(
         full_row = {**row, "data_source": data_source, "ground_truth": ground_truth}
         full_row["response_tokens"] = None if num_tokens is None else int(num_tokens)
         for plugin in reward.plugins:
-            value = _plugin_value(plugin, solution_str, full_row)
-            failed = failed or value is None
-            values[plugin.name] = 0.0 if value is None else value
+            value, failure = _plugin_value(plugin, solution_str, full_row)
+            cause = cause or failure
+            values[plugin.name] = value
 
     score = 0.0
     for name, weight in reward.weights.items():
@@ -215,7 +214,8 @@ def compute_score(
         "pred": response.verdict or "",
         "parsed": 0.0 if response.verdict is None else 1.0,
         "response_tokens": -1 if num_tokens is None else int(num_tokens),
-        "reward_error": 1.0 if failed else 0.0,
+        "reward_error": 1.0 if cause else 0.0,
+        "reward_error_cause": cause,
     }
 
 
@@ -312,11 +312,11 @@ def _audio_terms(reward: Reward, row: Mapping[str, Any]) -> tuple[float, float]:
     return audio_format, min(1.0, length / reference)
 
 
-def _plugin_value(plugin: Plugin, response: str, row: dict[str, Any]) -> float | None:
-    """The plug-in's value, or None (and one log entry) if it fails or leaves [0, 1]."""
+def _plugin_value(plugin: Plugin, response: str, row: dict[str, Any]) -> tuple[float, str]:
+    """The plug-in's value and "", or 0.0 and why (and one log entry) if it fails or leaves [0, 1]."""
     try:
         value = float(plugin.fn(response, row))
-    except Exception:
+    except Exception as error:
         _log_once(
             logging.ERROR,
             "component %r raised: it counts 0 and reward_error 1 wherever it does",
@@ -324,7 +324,7 @@ def _plugin_value(plugin: Plugin, response: str, row: dict[str, Any]) -> float |
             about=plugin.name,
             exc_info=True,
         )
-        return None
+        return 0.0, f"component {plugin.name!r} raised {type(error).__name__}: {error}"
     if not 0.0 <= value <= 1.0:
         _log_once(
             logging.ERROR,
@@ -334,8 +334,8 @@ def _plugin_value(plugin: Plugin, response: str, row: dict[str, Any]) -> float |
             value,
             about=plugin.name,
         )
-        return None
-    return value
+        return 0.0, f"component {plugin.name!r} returned {value!r}, outside [0, 1]"
+    return value, ""
 
 
 def quantity(value: Any) -> float | None:

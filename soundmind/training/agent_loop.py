@@ -15,6 +15,7 @@ Selected by two public keys:
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import time
@@ -41,7 +42,7 @@ from soundmind.model.tokens import (
 )
 from soundmind.plugin.verl_entry import require_loaded
 from soundmind.task.reward import ROW_KEYS
-from soundmind.training import feature_store
+from soundmind.training import failures, feature_store
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ AGENT_LOOP = "soundmind_audio"
 
 
 ROW = "row"  # what a saved response needs to be scored again, as JSON (see trainer.py)
-
+VALIDATE = "validate"  # from the loop to the worker's `_compute_score`
 
 # Prompts under way in a worker: 3.8 MB of waveform for a one-minute clip, so about 280 of them.
 ENCODED_BYTES = 2**30
@@ -126,6 +127,15 @@ def server_logit_bias(tokenizer: Any, path: str) -> dict[int, float]:
     return {token: BANNED_LOGIT_BIAS for token in banned if token < len(tokenizer)}
 
 
+def stream_seed(seed: int, uid: str, session: int) -> int:
+    """Seed of a response's own random stream, below 2**63: the same whenever its request arrives.
+
+    `uid` names the prompt among all of a run (`SoundMindTrainer._prompt_name`).
+    """
+    digest = hashlib.blake2b(f"{seed}/{uid}/{session}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 @register(AGENT_LOOP)
 class AudioAgentLoop(AgentLoopBase):
     """Single-turn chat whose prompt may hold a clip; one instance serves all of a worker."""
@@ -154,6 +164,9 @@ class AudioAgentLoop(AgentLoopBase):
         prompt = await self.encodings.get(uid, lambda: self._encode(uid, messages, step))
 
         metrics: dict[str, Any] = {}
+        if self.config.run.response_streams:
+            seed = stream_seed(self.config.run.seed, uid, int(kwargs["session_id"]))
+            sampling_params = {**sampling_params, "seed": seed}
         with simple_timer("generate_sequences", metrics):
             output = await self.server_manager.generate(
                 request_id=uuid4().hex,
@@ -185,6 +198,7 @@ class AudioAgentLoop(AgentLoopBase):
                 # tokens, the end token included.
                 "response_tokens": len(response_ids),
                 "finish_reason": str(output.stop_reason),
+                VALIDATE: validate,
             },
         )
 
@@ -254,8 +268,12 @@ class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
                 sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
             )
         validate = trajectory["validate"]
-        output = await self._loop().run(sampling_params, validate=validate, **kwargs)
-        return await self._agent_loop_postprocess(output, validate, **kwargs)
+        try:
+            output = await self._loop().run(sampling_params, validate=validate, **kwargs)
+            return await self._agent_loop_postprocess(output, validate, **kwargs)
+        except Exception as error:
+            await failures.note(str(kwargs["uid"]), int(kwargs["session_id"]), error)
+            raise  # verl logs it and counts the session as failed
 
     async def _run_prompt(self, prompt: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """The n sessions of a prompt, verl's; afterwards nothing of it stays in this process."""
@@ -284,9 +302,17 @@ class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         return dict(output.multi_modal_data or {})
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
+        validate = outputs[-1].extra_fields.pop(VALIDATE)
         await super()._compute_score(outputs, kwargs)
         info = outputs[-1].extra_fields.get("reward_extra_info")
         if info is not None:
+            if info.get("reward_error"):
+                error = failures.ScoreError(
+                    info.get("reward_error_cause") or "see the reward's log"
+                )
+                if not validate:
+                    raise error  # the response is not stored, so that no update can use it
+                await failures.note(str(kwargs["uid"]), int(kwargs["session_id"]), error)
             row = kwargs.get("extra_info") or {}
             # Strings only: verl averages every number it finds here over a validation.
             info["id"] = str(row.get("id", kwargs.get("index", "")))

@@ -1,18 +1,28 @@
-"""verl's V1 sync trainer, with what a run of ours must show.
+"""verl's V1 sync trainer, with what a run of ours must do and show.
 
-Added to `PPOTrainerSync`, nothing replaced:
+Where a step departs from the paper:
 
-* `reward/<component>/mean` for every component of the reward, with accuracy, parsed and format
-  rate, and counts of rewards that raised and of sessions that failed (verl drops those without a
-  word);
-* the same components, row id and finish reason in every dumped rollout;
-* a step's checkpoint is written after its metrics and rollouts, so that a kill loses neither, and
-  it is complete or absent under its name (`soundmind.model.checkpoints`);
-* `metrics.jsonl`: one line a step, appended, so that a resumed run keeps its history
-  (verl's own file logger starts its file anew);
-* audio features are dropped behind the update that used them (`feature_store`);
-* the rollout buffer is polled every `run.poll_interval_seconds`, not every two seconds.
+1. GRPO with the KL in the loss, as the authors' script runs it; the paper's text says REINFORCE++,
+   which is another configuration.
+2. The reward is the paper's for text: rollouts do not speak, so both audio terms drop out.
+3. A response whose session or score failed reaches no update, nor does a group of one survivor; more
+   of them than `train.max_failed_share` end the run with their cause. [ours]
 
+And from stock verl (`PPOTrainerSync`), added, nothing replaced:
+
+4. Prompts are named by step and number, batches are ordered by name, and on a CPU every response
+   draws from a stream of its own (`run.response_streams`): one seed gives one run.
+5. `reward/<component>/mean` for every component of the reward, with accuracy, parsed and format
+   rate, and counts of scores and sessions that failed (verl drops those without a word).
+6. The same components, row id and finish reason in every dumped rollout.
+7. A step's checkpoint is written after its metrics and rollouts, so that a kill loses neither, and
+   it is complete or absent under its name (`soundmind.model.checkpoints`).
+8. `metrics.jsonl`: one line a step, appended, so that a resumed run keeps its history (verl's own
+   file logger starts its file anew).
+9. Audio features are dropped behind the update that used them (`feature_store`).
+10. The rollout buffer is polled every `run.poll_interval_seconds`, not every two seconds.
+
+Departures of model and forward: `soundmind.training.engine`; of everything: docs/fidelity.md.
 `run_ppo` gets `task_runner()`, because verl imports trainers inside the actor that runs them.
 """
 
@@ -31,12 +41,17 @@ import numpy as np
 import ray
 import transfer_queue as tq
 from omegaconf import open_dict
+from transfer_queue import KVBatchMeta
 from verl.trainer.main_ppo import TaskRunnerV1
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
 from soundmind.model import checkpoints
+from soundmind.planning.rules import GROUPED
+from soundmind.plugin import patches
 from soundmind.plugin.verl_entry import require_loaded
+from soundmind.training import failures
 from soundmind.training.agent_loop import ROW
 from soundmind.training.algorithms import RecipeTrainer, groups_without_signal
 from soundmind.training.feature_store import clear_spent
@@ -71,7 +86,7 @@ def reward_metrics(infos: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 @register_trainer(TRAINER)
 class SoundMindTrainer(RecipeTrainer):
-    """PPOTrainerSync with reward components, complete dumps and an appended metrics file."""
+    """PPOTrainerSync with what the module lists."""
 
     def __init__(self, config: Any) -> None:
         require_loaded()
@@ -79,6 +94,8 @@ class SoundMindTrainer(RecipeTrainer):
             # verl takes every other name for an asynchronous mode.
             config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
+        self._named = (-1, 0)  # step, prompts named in it
+        patches.prompt_names(trainer_base, self._prompt_name)
         self._metrics_file = MetricsFile(config.run.metrics_path)
         self._reward_infos: list[dict[str, Any]] = []
         self._checkpoint_due = False
@@ -91,7 +108,26 @@ class SoundMindTrainer(RecipeTrainer):
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = float(self.config.run.poll_interval_seconds)
+        stock = buffer.sample
+
+        def sample(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            # verl's order is that of arrival; sums of floats and mini-batches would follow it.
+            batch, metrics = stock(*args, **kwargs)
+            batch.reorder(
+                sorted(range(len(batch)), key=lambda row: _session_order(batch.keys[row]))
+            )
+            return batch, metrics
+
+        buffer.sample = sample
         return buffer
+
+    def _prompt_name(self) -> str:
+        """What verl names a prompt by: the same in every run of a seed, unique within a run."""
+        if self._named[0] != self.global_steps:
+            self._named = (self.global_steps, 0)
+        step, number = self._named
+        self._named = (step, number + 1)
+        return f"{step:06d}x{number:06d}"
 
     def fit(self, agent_loop_manager: Any) -> None:
         self._metrics_file.forget_after(self.global_steps)
@@ -104,6 +140,44 @@ class SoundMindTrainer(RecipeTrainer):
         metrics.update(clear_spent(batch.keys))
         return batch
 
+    def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """verl's balancing over the ranks, of the groups that can be compared."""
+        batch = self._whole_groups(batch, metrics)
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _whole_groups(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """The step's batch without groups of a single survivor; counts, and stops a run that fails."""
+        n = self.config.actor_rollout_ref.rollout.n
+        asked = self.config.data.train_batch_size * n
+        failed = failures.take()
+        metrics["rollout/failed_sessions"] = failed.count
+        metrics["reward/error/count"] = failed.scores
+        metrics["reward/error/mean"] = failed.scores / asked
+        where = f"step {self.global_steps}"
+        failures.require_few(failed, asked, self.config.train.max_failed_share, where)
+        # verl gives a lone response its raw score for an advantage.
+        compared = self.config.algorithm.adv_estimator in GROUPED
+        broken = failures.broken_groups(batch.keys, at_least=2 if compared else 1)
+        metrics["rollout/dropped_responses"] = len(broken)
+        if not broken:
+            return batch
+        if len(broken) == len(batch):
+            failures.require_few(failed, asked, -1.0, f"{where}: no group is left to compare")
+        gone = set(broken)
+        kept = [row for row, key in enumerate(batch.keys) if key not in gone]
+        tq.kv_clear(keys=broken, partition_id=batch.partition_id)
+        logger.error(
+            "%s: %d responses failed, and %d in groups without a second one leave the batch: %s",
+            where, failed.count, len(broken), dict(failed.causes.most_common(3)),
+        )  # fmt: skip
+        return KVBatchMeta(
+            partition_id=batch.partition_id,
+            keys=[batch.keys[row] for row in kept],
+            tags=[batch.tags[row] for row in kept],
+            fields=batch.fields,
+            extra_info=batch.extra_info,
+        )
+
     def _save_checkpoint(self) -> None:
         # verl saves before it logs. Killed in between, a resumed run would miss that step's line and
         # rollouts for good, so the checkpoint waits until both are on disk (_log_rollout_data).
@@ -111,6 +185,11 @@ class SoundMindTrainer(RecipeTrainer):
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
+        failed = failures.take()
+        asked = len(self.val_dataset) * self.config.actor_rollout_ref.rollout.val_kwargs.n
+        metrics["val/failed_responses"] = failed.count
+        where = f"validation at step {self.global_steps}"
+        failures.require_few(failed, asked, self.config.train.max_failed_share, where)
         if self.global_steps == 0:  # later ones travel with their step's line
             self._metrics_file.append(0, metrics)
         return metrics
@@ -120,18 +199,9 @@ class SoundMindTrainer(RecipeTrainer):
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         infos = self._fetch_reward_infos(batch)
-        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics.update({**reward_metrics(infos), **groups_without_signal(infos)})
-        metrics["rollout/failed_sessions"] = expected - len(infos)
-        if len(infos) < expected:
-            logger.error(
-                "step %d: %d of %d rollout sessions failed and are missing from the batch; the "
-                "agent "
-                "loop's log has their tracebacks",
-                self.global_steps,
-                expected - len(infos),
-                expected,
-            )
+        # A failed score is in no batch: what is counted of it came with the batch (_whole_groups).
+        counted = {k: v for k, v in reward_metrics(infos).items() if "/error/" not in k}
+        metrics.update({**counted, **groups_without_signal(infos)})
         self._metrics_file.append(self.global_steps, metrics)
 
     def _fetch_reward_infos(self, batch: Any) -> list[dict[str, Any]]:

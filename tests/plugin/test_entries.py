@@ -113,7 +113,12 @@ INTERNALS = [
     ("verl.experimental.agent_loop.agent_loop", "AgentLoopWorker._compute_multi_modal_inputs"),
     ("verl.experimental.agent_loop.agent_loop", "AgentLoopWorker._run_agent_loop"),
     ("verl.experimental.agent_loop.agent_loop", "AgentLoopBase.ct_build_initial_tokens"),
+    ("verl.trainer.ppo.v1.trainer_sync", "PPOTrainerSync._balance_batch"),
+    ("verl.trainer.ppo.v1.trainer_base", "uuid.uuid4"),
     ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm"),
+    ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner._sample"),
+    ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner._bookkeeping_sync"),
+    ("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_native"),
 ]
 
 

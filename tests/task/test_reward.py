@@ -29,7 +29,16 @@ SPEECH = {
     "speech_tokens": 50,
     "reference_speech_tokens": 100,
 }
-KEYS = ["score", *COMPONENTS, "acc", "pred", "parsed", "response_tokens", "reward_error"]
+KEYS = [
+    "score",
+    *COMPONENTS,
+    "acc",
+    "pred",
+    "parsed",
+    "response_tokens",
+    "reward_error",
+    "reward_error_cause",
+]
 
 TEXTS = st.lists(
     st.sampled_from(
@@ -78,6 +87,7 @@ def test_keys_and_types_are_those_of_the_contract() -> None:
     assert {key: type(result[key]) for key in KEYS} == {
         **dict.fromkeys(KEYS, float),
         "pred": str,
+        "reward_error_cause": str,
         "response_tokens": int,
     }
 
