@@ -46,7 +46,7 @@ LOADS_HEAVY = {
     *("training.agent_loop", "training.dataset", "training.engine", "training.feature_store"),
     *("training.micro_batch", "training.model_config", "training.policy", "training.trainer"),
     *("training.shared_prompts", "training.nodes", "standin.warmup"),
-    *("training.sft", "training.sft_dataset", "training.algorithms"),
+    *("training.sft", "training.sft_dataset", "training.algorithms", "training.failures"),
 }
 
 

@@ -20,7 +20,7 @@ synchronised | vLLM 0.28 `model_executor/layers/utils.py` |
 0.9.1 `utils/tokenizer/continuous_token_wiring.py` |
 | `rewindable_generators` | CPU, vLLM | a request's seed ends vLLM when its prompt is computed in
 pieces | vLLM 0.28 `v1/worker/gpu_model_runner.py` |
-| `prompt_names` | both | verl names prompts at random; one seed has to give one run | verl 0.9.1
+| `named_prompts` | both | verl names prompts at random; one seed has to give one run | verl 0.9.1
 `trainer/ppo/v1/trainer_base.py` |
 """
 
@@ -191,7 +191,7 @@ def omni_token_builder() -> None:
     wiring._MODEL_TYPE_TO_FAMILY.setdefault("qwen2_5_omni_thinker", family)
 
 
-def prompt_names(trainer_base: Any, name: Callable[[], str]) -> None:
+def named_prompts(trainer_base: Any, name: Callable[[], str]) -> None:
     """Let verl's trainer name prompts by `name` instead of at random.
 
     Random streams of responses, the order of a batch and file names hang on the name, and one seed

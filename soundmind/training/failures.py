@@ -16,7 +16,7 @@ import transfer_queue as tq
 
 from soundmind.system.errors import UserError
 
-PARTITION = "failures"
+FAILURES = "failures"
 CAUSE, SCORED = "cause", "scored"
 CAUSE_CHARACTERS = 300
 
@@ -46,16 +46,16 @@ async def note(uid: str, session: int, error: BaseException) -> None:
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}"[:CAUSE_CHARACTERS]
     await tq.async_kv_put(
         key=f"{uid}_{session}",
-        partition_id=PARTITION,
+        partition_id=FAILURES,
         tag={CAUSE: cause, SCORED: isinstance(error, ScoreError)},
     )
 
 
 def take() -> Failures:
     """What was noted since the last call."""
-    noted = tq.kv_list(PARTITION).get(PARTITION, {})
+    noted = tq.kv_list(FAILURES).get(FAILURES, {})
     if noted:
-        tq.kv_clear(keys=list(noted), partition_id=PARTITION)
+        tq.kv_clear(keys=list(noted), partition_id=FAILURES)
     causes = Counter(str(tag[CAUSE]) for tag in noted.values())
     return Failures(causes, sum(bool(tag[SCORED]) for tag in noted.values()))
 

@@ -95,7 +95,7 @@ class SoundMindTrainer(RecipeTrainer):
             config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
         self._named = (-1, 0)  # step, prompts named in it
-        patches.prompt_names(trainer_base, self._prompt_name)
+        patches.named_prompts(trainer_base, self._prompt_name)
         self._metrics_file = MetricsFile(config.run.metrics_path)
         self._reward_infos: list[dict[str, Any]] = []
         self._checkpoint_due = False
