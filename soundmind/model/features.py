@@ -65,6 +65,11 @@ _PLAIN_OPTIONS = {
 }
 
 
+# The window of the Omni processor, in samples. Whisper's own families hear 30 s, and their encoders
+# want all of it: Qwen2-Audio, a recogniser.
+OMNI_WINDOW = 300 * 16_000
+
+
 def wrap_extractor(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     """A `WhisperFeatureExtractor.__call__` that serves the Omni processor's call at true length.
 
@@ -81,7 +86,8 @@ def wrap_extractor(stock_call: Callable[..., Any]) -> Callable[..., Any]:
             name in _PLAIN_OPTIONS and value in _PLAIN_OPTIONS[name]
             for name, value in kwargs.items()
         )
-        if not plain or kwargs.get("padding") != "max_length" or self.dither:
+        omni = self.n_samples == OMNI_WINDOW and kwargs.get("padding") == "max_length"
+        if not plain or not omni or self.dither:
             return stock_call(self, raw_speech, *args, return_tensors=return_tensors, **kwargs)
 
         from transformers.feature_extraction_utils import BatchFeature

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
+from soundmind.evaluation.intervals import wilson_interval
 
 CORRELATION = "training/rollout_actor_probs_pearson_corr"
 
@@ -21,15 +22,22 @@ class Validation:
     """The dumped answers of one validation, by row."""
 
     step: int
-    rows: dict[tuple[str, str], dict[str, Any]]
+    rows: dict[tuple[str, ...], dict[str, Any]]
 
     @classmethod
     def read(cls, path: Path) -> Validation:
-        rows = {}
-        for line in path.read_text().splitlines():
+        rows: dict[tuple[str, ...], dict[str, Any]] = {}
+        samples: Counter[tuple[str, ...]] = Counter()
+        for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            # One id may stand in several modes; the prompt tells them apart.
-            rows[(str(row["id"]), row["input"])] = row
+            # An id restarts in every split and may stand in several modes, which the prompt tells
+            # apart; in audio mode all prompts of a file are one text.
+            key = (
+                *(str(row.get(name, "")) for name in ("data_source", "split", "id")),
+                row["input"],
+            )
+            rows[(*key, str(samples[key]))] = row
+            samples[key] += 1
         return cls(int(path.stem), rows)
 
     def mean(self, name: str) -> float:
@@ -42,8 +50,7 @@ class Validation:
 
     def interval(self) -> tuple[float, float]:
         """Wilson interval of the accuracy, 95 %."""
-        bounds = binomtest(self.correct, len(self.rows)).proportion_ci(0.95, method="wilson")
-        return float(bounds.low), float(bounds.high)
+        return wilson_interval(self.correct, len(self.rows))
 
     def majority_share(self) -> float:
         """Accuracy of always giving the commoner ground truth."""

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 
+from soundmind.evaluation.intervals import mcnemar_exact
 from soundmind.model.folder import start_note
 from soundmind.run.curves import draw_curves
 from soundmind.run.folder import RunFolder
@@ -24,8 +24,7 @@ def mcnemar(before: Validation, after: Validation) -> dict[str, Any]:
     shared = before.rows.keys() & after.rows.keys()
     won = sum(before.rows[key]["acc"] < after.rows[key]["acc"] for key in shared)
     lost = sum(before.rows[key]["acc"] > after.rows[key]["acc"] for key in shared)
-    p = float(binomtest(min(won, lost), won + lost).pvalue) if won + lost else 1.0
-    return {"n": len(shared), "won": won, "lost": lost, "p": p}
+    return {"n": len(shared), "won": won, "lost": lost, "p": mcnemar_exact(won, lost)}
 
 
 def summarise_run(run: Path, config: DictConfig, seconds_total: float) -> dict[str, Any]:

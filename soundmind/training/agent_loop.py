@@ -320,6 +320,7 @@ class AudioAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             info[ROW] = json.dumps(
                 {
                     "data_source": kwargs.get("data_source"),
+                    "split": row.get("split"),
                     **{name: row[name] for name in ROW_KEYS if row.get(name) is not None},
                 },
                 default=float,

@@ -129,3 +129,20 @@ def test_a_folder_that_is_no_run_is_refused(
 ) -> None:
     assert main([str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_rows_of_two_splits_and_several_samples_all_count(tmp_path: Path) -> None:
+    """In audio mode every prompt is one text, and ids restart in every split."""
+    rows = [
+        {**row, "data_source": "soundmind/alr", "split": split}
+        for split, right in (("dev", True), ("test", False))
+        for row in answers([right] * 4)
+    ]
+    write_validation(tmp_path, 0, rows)
+    found = Validation.read(tmp_path / "validation/0.jsonl")
+    assert (len(found.rows), found.correct) == (8, 4)
+    sampled = [row for row in answers([True, False]) for _ in range(3)]
+    sampled[0]["acc"] = 0.0
+    write_validation(tmp_path, 1, sampled)
+    found = Validation.read(tmp_path / "validation/1.jsonl")
+    assert (len(found.rows), found.correct) == (6, 2)
