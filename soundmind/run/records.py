@@ -36,7 +36,8 @@ class Validation:
                 *(str(row.get(name, "")) for name in ("data_source", "split", "id")),
                 row["input"],
             )
-            rows[(*key, str(samples[key]))] = row
+            sample = (*key, str(samples[key]))
+            rows[sample] = row
             samples[key] += 1
         return cls(int(path.stem), rows)
 

@@ -141,7 +141,7 @@ def test_rows_of_two_splits_and_several_samples_all_count(tmp_path: Path) -> Non
     write_validation(tmp_path, 0, rows)
     found = Validation.read(tmp_path / "validation/0.jsonl")
     assert (len(found.rows), found.correct) == (8, 4)
-    sampled = [row for row in answers([True, False]) for _ in range(3)]
+    sampled = [{**row} for row in answers([True, False]) for _ in range(3)]
     sampled[0]["acc"] = 0.0
     write_validation(tmp_path, 1, sampled)
     found = Validation.read(tmp_path / "validation/1.jsonl")
