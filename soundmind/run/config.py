@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,11 +46,66 @@ def compose_config(
     _known_words(overrides, config_dir)
     try:
         with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base=None):
-            return compose(config_name=name, overrides=list(overrides))
+            config = compose(config_name=name, overrides=list(overrides))
     except ConfigCompositionException as error:
-        raise ConfigError(_explain_override(error, name, config_dir)) from error
+        hint = quoting_hint(overrides)
+        raise ConfigError(hint or _explain_override(error, name, config_dir)) from error
     except HydraException as error:
-        raise ConfigError(f"{name}: {error}") from error
+        hint = quoting_hint(overrides)
+        raise ConfigError(hint or f"{name}: {' '.join(str(error).split())}") from error
+    if "run" not in config:
+        raise ConfigError(
+            f"{config_dir / name}.yaml stands alone, without the keys of verl and of this project; "
+            "begin it with the lines `hydra:` and `defaults:` of configs/grpo_tiny_cpu.yaml"
+        )
+    _expand_home(config)
+    return config
+
+
+def quoting_hint(overrides: Sequence[str]) -> str | None:
+    """How to write the first override whose value Hydra's grammar does not take as it stands."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        try:
+            # `a,b` is a sweep over two values.
+            if not OverridesParser.create().parse_override(override).is_sweep_override():
+                continue
+        except HydraException:
+            pass
+        if equals and value[:1] not in ("'", '"', "[", "{"):
+            escaped = value.replace("'", "\\'")
+            quoted = f"{key}='{escaped}'"
+            plain = not set('"$`\\!') & set(quoted)
+            quoted = f'"{quoted}"' if plain else shlex.quote(quoted)
+            return (
+                f"override {override!r}: Hydra reads some of these characters as its own; quote the "
+                f"value, and the whole for the shell: {quoted}"
+            )
+    return None
+
+
+# Keys that name places on this disk.
+PLACES = (
+    *(f"run.{key}" for key in ("root", "resume", "practice_dir", "alr_dir")),
+    *(f"data.{key}" for key in ("train_files", "val_files", "audio_root")),
+    *(f"actor_rollout_ref.model.{key}" for key in ("path", "lora_adapter_path")),
+)
+
+
+def _expand_home(config: DictConfig) -> None:
+    """`~` at the start of a place is the home folder, for whoever reads the key."""
+    for key in PLACES:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(config, key, str(Path(value).expanduser()))
+        elif OmegaConf.is_list(value):
+            places = [
+                str(Path(place).expanduser()) if place[:1] == "~" else place for place in value
+            ]
+            OmegaConf.update(config, key, places)
 
 
 def _known_words(overrides: Sequence[str], config_dir: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -91,6 +91,16 @@ def require(config: DictConfig) -> None:
     problems = [*checks.find_problems(config), *verl_problems(config)]
     if problems:
         raise checks.CheckError(problems)
+
+
+def hide_gpus(environment: MutableMapping[str, str], ranks: int) -> None:
+    """Let Ray count `ranks` devices on a CPU where somebody hides or chooses GPUs for this process.
+
+    verl's pools ask for a "GPU" a rank, and Ray refuses more of them than `CUDA_VISIBLE_DEVICES`
+    lists, none where it is empty. CUDA takes -1 for no device.
+    """
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
 
 
 def parts_of(config: DictConfig) -> list[parts.TableLine]:
@@ -178,6 +188,8 @@ def train(config: DictConfig, name: str) -> Path:
     environment = plugin_environment.select(
         os.environ, cpu=config.run.device == "cpu", training=True
     )
+    if config.run.device == "cpu":
+        hide_gpus(os.environ, config.trainer.n_gpus_per_node)
     require(config)
     folder = RunFolder.open(Path(config.run.root), name, experiment(config), *wanted(config))
     for note in folder.notes:

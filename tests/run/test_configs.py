@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from functools import lru_cache
@@ -247,6 +248,40 @@ def test_an_unknown_override_names_the_key_and_its_neighbours() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.temprature") as error:
         compose_config("grpo_tiny_cpu", ["actor_rollout_ref.rollout.temprature=0.7"])
     assert "Did you mean actor_rollout_ref.rollout.temperature" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("/data/run=3/model", "/data/Omni (7B)", "/data/a,b", "/data/~x", "/data/{a}", "/data/#1"),
+        *(
+            "/data/\u65e5\u672c",
+            "/data/it's",
+            "/data/a:b c=d",
+            "/data/f\u00fcr",
+            '/data/"x"',
+            "/d/$HOME=",
+        ),
+    ],
+)
+def test_a_value_with_characters_of_hydra_s_grammar_gets_a_hint_that_works(place: str) -> None:
+    with pytest.raises(ConfigError, match="quote the value") as error:
+        compose_config("grpo_tiny_cpu", [f"run.root={place}"])
+    (pasted,) = shlex.split(str(error.value).partition("for the shell: ")[2])
+    assert compose_config("grpo_tiny_cpu", [pasted]).run.root == place
+
+
+def test_the_home_folder_is_expanded_in_places() -> None:
+    overrides = ["run.root='~/runs'", "data.train_files=['~/a.parquet',b.parquet]"]
+    config = compose_config("grpo_tiny_cpu", overrides)
+    assert config.run.root == str(Path.home() / "runs")
+    assert config.data.train_files == [str(Path.home() / "a.parquet"), "b.parquet"]
+
+
+def test_a_file_without_defaults_is_refused_with_what_to_begin_it_with(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("reward: {custom_reward_function: {}}\n")
+    with pytest.raises(ConfigError, match=r"begin it with the lines `hydra:` and `defaults:`"):
+        compose_config("mine", config_dir=tmp_path)
 
 
 def test_an_unknown_modality_lists_those_that_exist() -> None:
