@@ -57,8 +57,6 @@ def reduced_size(
         text=replace(text, layers=layers, vocab=vocabulary or text.vocab),
         audio=replace(audio, layers=audio_layers),
         vision=VisionSize(hidden=64, layers=1, intermediate=64, output=text.hidden),
-        talker=None,
-        vocoder=None,
         source="benchmarks/gpu_check.py",
     )
 

@@ -91,8 +91,6 @@ def size_of(case: Case) -> sizes.OmniSize:
         sizes.TextSize(hidden, layers, heads, kv, ffn, vocab),
         sizes.AudioSize(width, encoder_layers, encoder_heads, encoder_ffn, hidden),
         sizes.VisionSize(hidden=16, layers=1, intermediate=16, output=hidden),
-        talker=None,
-        vocoder=None,
         source="benchmarks/plan.py",
     )
 

@@ -29,16 +29,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from soundmind.planning.plan import (
-    AUDIO_TOKENS_PER_SECOND,
+from soundmind.data.audio import AUDIO_TOKENS_PER_SECOND
+from soundmind.planning.plan import Plan, as_json, make_plan
+from soundmind.planning.setup import (
     CARDS,
     GB,
-    PROMPT_TEXT_TOKENS,
     PUBLISHED_SECONDS,
-    Assumptions,
-    Plan,
-    as_json,
-    make_plan,
+    RESPONSE_TOKENS,
+    assumptions,
 )
 from soundmind.system.errors import command
 
@@ -82,6 +80,9 @@ def print_plan(plan: Plan) -> None:
     host = [[name, gigabytes(value)] for name, value in plan.host.items()]
     host.append(["total", gigabytes(sum(plan.host.values()))])
     table("Memory of a node's host, GB", ["", "GB"], host)
+    disk = [[name, gigabytes(value)] for name, value in plan.disk.items()]
+    disk.append(["total", gigabytes(sum(plan.disk.values()))])
+    table("Disk, GB", ["", "GB"], disk)
     table(
         "Tokens a step", ["kind", "tokens"], [[name, f"{n:,}"] for name, n in plan.tokens.items()]
     )
@@ -93,7 +94,8 @@ def print_plan(plan: Plan) -> None:
         f"{plan.steps:,} steps ({plan.steps_per_epoch:,} an epoch of {plan.rows:,} rows, "
         f"{plan.rows_source}): {plan.steps * total / 3600:.1f} hours, "
         f"{plan.gpus * plan.steps * total / 3600:.0f} GPU hours, without validation.\n"
-        f"Assumed, not measured: clips of {assumed.clip_seconds:g} s, answers of "
+        f"Assumed, not measured: {assumed.clip_share:.0%} of the prompts with a clip of "
+        f"{assumed.clip_seconds:g} s, answers of "
         f"{assumed.response_tokens} tokens and at most {assumed.longest_answer:g} times that, "
         f"{assumed.prompt_text_tokens} tokens of prompt text, {assumed.mfu:.0%} of the peak in forward "
         f"and backward, {assumed.decode_share:.0%} of the bandwidth in decoding.\n"
@@ -133,10 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, help="over all nodes; default: the configuration's")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="default: the card's")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="for time estimates")
-    parser.add_argument("--clip-seconds", type=float, default=PUBLISHED_SECONDS)
-    parser.add_argument("--response-tokens", type=int, default=700, help="mean, at most the limit")
-    parser.add_argument("--prompt-text-tokens", type=int, default=PROMPT_TEXT_TOKENS)
-    parser.add_argument("--mfu", type=float, default=Assumptions.mfu, help="assumed share of peak")
+    parser.add_argument("--clip-seconds", type=float, help=f"mean ({PUBLISHED_SECONDS})")
+    parser.add_argument(
+        "--response-tokens", type=int, help=f"mean ({RESPONSE_TOKENS}, or the limit)"
+    )
+    parser.add_argument("--prompt-text-tokens", type=int, help="mean (by the rows' modes)")
+    parser.add_argument("--mfu", type=float, help="assumed share of peak (0.4)")
     parser.add_argument("--json", type=Path, help="write the plan to this file too")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     arguments = parser.parse_args(argv)
@@ -146,10 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = CARDS[arguments.card]
     if arguments.gpu_memory is not None:
         card = replace(card, memory=int(arguments.gpu_memory * GB))
-    limit = int(config.data.max_response_length)
-    assumed = Assumptions(
+    assumed = assumptions(
+        config,
         clip_seconds=arguments.clip_seconds,
-        response_tokens=min(arguments.response_tokens, limit),
+        response_tokens=arguments.response_tokens,
         prompt_text_tokens=arguments.prompt_text_tokens,
         mfu=arguments.mfu,
     )

@@ -1,4 +1,4 @@
-"""Memory, time and lengths of a configuration, as numbers."""
+"""Memory, disk, time and lengths of a configuration, as numbers."""
 
 from __future__ import annotations
 
@@ -6,98 +6,39 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from soundmind.data.audio import AUDIO_TOKENS_PER_SECOND, MEL_FRAMES_PER_SECOND
 from soundmind.planning import flops, memory, rules
+from soundmind.planning.disk import disk_space
 from soundmind.planning.memory import MicroBatch, Training
+from soundmind.planning.setup import (
+    GB,
+    Assumptions,
+    Card,
+    dtype_bytes,
+    gpus_of,
+    longest_row,
+    micro_batch,
+    micro_batches,
+    rows_of,
+    training_setup,
+)
 from soundmind.planning.sizes import OmniSize, model_size
-
-GB = 10**9
-
-
-# Rows of the published splits (paper, table 3), used where the Parquet is not there yet. [paper]
-PUBLISHED_ROWS = {"train": 5184, "dev": 606, "test": 656}
-
-
-PUBLISHED_SECONDS = 62.33  # mean length of a training question (paper, table 3) [paper]
-
-
-# System line, instruction and chat marks of an audio prompt; a written question adds its own words.
-PROMPT_TEXT_TOKENS = 170
-
 
 # Per process on a GPU, not seen by PyTorch's allocator: CUDA context and library kernels. [ours]
 CONTEXT_BYTES = int(0.6 * GB)
-
-
 # NCCL's channels and buffers where there is more than one rank. [ours]
 COLLECTIVE_BYTES = 1 * GB
-
-
 # vLLM's CUDA graphs, outside of its memory share. [ours]
 GRAPH_BYTES = 1 * GB
-
-
 # Kept free of everything that is counted: fragmentation and what is not modelled. [ours]
 RESERVE_SHARE = 0.06
-
-
 # Host memory of one process with torch and verl, and of vLLM's engine. [ours]
 PROCESS_BYTES = int(1.5 * GB)
-
-
 ENGINE_BYTES = 5 * GB
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU by the maker's figures: memory in bytes, dense bf16 operations and bytes a second."""
-
-    name: str
-    memory: int
-    operations: float
-    bandwidth: float
-
-
-CARDS = {
-    "H100": Card("H100", 80 * GB, flops.DENSE_PEAK["H100"], 3.35e12),
-    "H800": Card("H800", 80 * GB, flops.DENSE_PEAK["H800"], 3.35e12),
-    "H200": Card("H200", 141 * GB, flops.DENSE_PEAK["H200"], 4.8e12),
-    "A100": Card("A100", 80 * GB, flops.DENSE_PEAK["A100"], 2.04e12),
-}
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What the estimate of time rests on; every one can be given on the command line."""
-
-    clip_seconds: float
-    response_tokens: int
-    prompt_text_tokens: int
-    mfu: float = 0.40  # share of the peak in forward, backward and prefill
-    decode_share: float = 0.60  # share of the memory bandwidth while decoding
-    longest_answer: float = 2.0  # the slowest answer of a batch, in mean answers
-    host_link: float = 25e9  # bytes a second between GPU and host memory
-    overhead_seconds: float = 5.0  # per step: rewards, data, waking and sleeping of vLLM
-
-    @property
-    def mel_frames(self) -> int:
-        """Mel frames of a mean clip."""
-        return round(self.clip_seconds * MEL_FRAMES_PER_SECOND)
-
-    @property
-    def audio_tokens(self) -> int:
-        """Tokens of a mean clip."""
-        return round(self.clip_seconds * AUDIO_TOKENS_PER_SECOND)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of a mean prompt."""
-        return self.prompt_text_tokens + self.audio_tokens
 
 
 @dataclass(frozen=True)
@@ -128,6 +69,7 @@ class Plan:
     kv_cache: int
     kv_tokens: int
     host: dict[str, int]
+    disk: dict[str, int]
     tokens: dict[str, int]
     seconds: dict[str, float]
     steps_per_epoch: int
@@ -148,99 +90,6 @@ class Plan:
         """Whether every phase leaves the reserve free and vLLM has room for one sequence."""
         enough = self.largest.total + self.reserve <= self.card.memory
         return enough and self.kv_tokens >= self.longest_prompt["one sequence"]
-
-
-# --- from the configuration -----------------------------------------------------------------------
-
-
-def dtype_bytes(name: Any) -> int:
-    """Bytes of a value of verl's dtype names (`fp32`, `bf16`, ...); None is fp32."""
-    return 2 if str(name).lower() in ("bf16", "bfloat16", "fp16", "float16", "half") else 4
-
-
-def gpus_of(config: DictConfig) -> int:
-    """Ranks over all nodes."""
-    return int(config.trainer.n_gpus_per_node * config.trainer.nnodes)
-
-
-def training_setup(config: DictConfig, size: OmniSize) -> Training:
-    """The actor's engine as `soundmind.planning.memory` wants it described."""
-    model, fsdp = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.fsdp_config
-    rank = int(model.lora_rank)
-    precision = fsdp.get("mixed_precision") or {}
-    cpu = config.trainer.device == "cpu"
-    shards = gpus_of(config) if fsdp.fsdp_size in (-1, 0) else int(fsdp.fsdp_size)
-    return Training(
-        size=size,
-        trained=flops.Trained(
-            audio_tower=bool(config.train.audio_tower),
-            projector=bool(config.train.projector),
-            lora_rank=rank,
-        ),
-        ranks=shards,
-        weight_bytes=dtype_bytes(fsdp.model_dtype),
-        compute_bytes=dtype_bytes(precision.get("param_dtype", "bf16")),
-        reduce_bytes=dtype_bytes(precision.get("reduce_dtype", "fp32")),
-        checkpointing=bool(model.enable_gradient_checkpointing),
-        flash=not cpu,
-        forward_prefetch=bool(fsdp.forward_prefetch),
-        reshard_after_forward=bool(fsdp.reshard_after_forward),
-        keep_gradients_whole=bool(fsdp.get("use_no_sync_for_gradient_accumulation", False)),
-        optimizer=optimizer_kind(config),
-    )
-
-
-def optimizer_kind(config: DictConfig) -> str:
-    """How AdamW runs: what the configuration says, else PyTorch's choice for the device."""
-    settings = config.actor_rollout_ref.actor.optim.get("override_optimizer_config") or {}
-    if settings.get("fused"):
-        return "fused"
-    if settings.get("foreach") is False or config.trainer.device == "cpu":
-        return "loop"
-    return "foreach"
-
-
-def longest_row(config: DictConfig) -> int:
-    """Tokens of the longest prompt with the longest response."""
-    return int(config.data.max_prompt_length + config.data.max_response_length)
-
-
-def micro_batch(config: DictConfig, side: str, clip_tokens: int) -> MicroBatch:
-    """The largest micro-batch of a pass, filled with the longest rows and a clip of its own each.
-
-    `side`: `update`, `rollout` (old log-probabilities) or `ref`. `clip_tokens`: audio tokens in the
-    longest prompt.
-    """
-    actor = config.actor_rollout_ref.actor
-    row = longest_row(config)
-    if side == "update":
-        dynamic, budget = actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu
-        rows = actor.ppo_micro_batch_size_per_gpu
-    else:
-        settings = config.actor_rollout_ref[side]
-        dynamic = settings.log_prob_use_dynamic_bsz
-        budget = settings.log_prob_max_token_len_per_gpu
-        rows = settings.log_prob_micro_batch_size_per_gpu
-    clip = (clip_tokens * MEL_FRAMES_PER_SECOND // AUDIO_TOKENS_PER_SECOND,) if clip_tokens else ()
-    packed = bool(config.actor_rollout_ref.model.use_remove_padding)
-    length = row
-    if dynamic:
-        rows = max(1, budget // row)
-        length = max(row, budget // rows)
-    rows = max(1, rows or 1)
-    # Logits are computed at response positions only (soundmind.training.micro_batch).
-    logits = rows * int(config.data.max_response_length)
-    return MicroBatch(rows, length, clip * rows, packed, logits)
-
-
-def rows_of(files: Any, split: str) -> tuple[int, str]:
-    """Rows of the Parquet files, or of the published split if one of them is not there."""
-    import pyarrow.parquet as parquet
-
-    paths = [Path(path) for path in ([files] if isinstance(files, str) else files)]
-    if all(path.is_file() for path in paths):
-        return sum(parquet.ParquetFile(path).metadata.num_rows for path in paths), "Parquet"
-    return PUBLISHED_ROWS[split] * len(paths), "paper, table 3"
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -312,13 +161,6 @@ def _graphs(config: DictConfig) -> int:
     return 0 if config.actor_rollout_ref.rollout.enforce_eager else GRAPH_BYTES
 
 
-def micro_batches(config: DictConfig, batch: MicroBatch) -> int:
-    """Micro-batches of a rank's mini-batch, at the longest rows."""
-    actor = config.actor_rollout_ref.actor
-    responses: int = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
-    return max(1, ceil(responses / gpus_of(config) / batch.rows))
-
-
 def kv_cache(config: DictConfig, size: OmniSize, card: Card) -> int:
     """Bytes of one GPU that vLLM has left for keys and values; negative if there is no room."""
     rollout = config.actor_rollout_ref.rollout
@@ -350,8 +192,8 @@ def host_memory(config: DictConfig, setup: Training, assumed: Assumptions) -> di
         config.actor_rollout_ref.rollout.agent.num_workers + config.data.dataloader_num_workers
     )
     parts["data and agent workers"] = int(workers) * PROCESS_BYTES
-    prompts = int(config.data.train_batch_size)
-    parts["features, one copy a prompt"] = prompts * feature_bytes(setup, assumed.mel_frames)
+    clips = round(int(config.data.train_batch_size) * assumed.clip_share)
+    parts["features, one copy a prompt"] = clips * feature_bytes(setup, assumed.mel_frames)
     return parts
 
 
@@ -369,7 +211,7 @@ def tokens_per_step(config: DictConfig, assumed: Assumptions) -> dict[str, int]:
     responses = prompts * n
     tokens = {
         "prompt text": responses * assumed.prompt_text_tokens,
-        "audio": responses * assumed.audio_tokens,
+        "audio": round(responses * assumed.clip_share) * assumed.audio_tokens,
         "response": responses * assumed.response_tokens,
     }
     return {**tokens, "per GPU": sum(tokens.values()) // gpus_of(config)}
@@ -385,9 +227,10 @@ def step_seconds(
     responses = prompts * n
     speed = gpus * card.operations * assumed.mfu
     row = assumed.prompt_tokens + assumed.response_tokens
-    clips = [assumed.mel_frames] * prompts if assumed.mel_frames else []
+    share = assumed.clip_share if assumed.mel_frames else 0
+    clips = [assumed.mel_frames] * round(prompts * share)
     # A rank sees each of its prompts' clips once a micro-batch: at worst once a response.
-    heard = [assumed.mel_frames] * responses if assumed.mel_frames else []
+    heard = [assumed.mel_frames] * round(responses * share)
     logits = responses * assumed.response_tokens
     forward = flops.forward_flops(size, [row] * responses, heard, logits)
     update = flops.training_flops(size, [row] * responses, heard, setup.trained, logits)
@@ -475,7 +318,7 @@ def make_plan(config: DictConfig, name: str, card: Card, assumed: Assumptions) -
     size = model_size(str(config.actor_rollout_ref.model.path))
     setup = training_setup(config, size)
     clip_tokens = 0
-    if assumed.clip_seconds:
+    if assumed.clip_seconds and assumed.clip_share:
         clip_tokens = max(0, int(config.data.max_prompt_length) - assumed.prompt_text_tokens)
     reserve = int(RESERVE_SHARE * card.memory)
     cache = kv_cache(config, size, card)
@@ -508,6 +351,7 @@ def make_plan(config: DictConfig, name: str, card: Card, assumed: Assumptions) -
         kv_cache=cache,
         kv_tokens=kv_tokens,
         host=host_memory(config, setup, assumed),
+        disk=disk_space(config, setup, assumed, int(steps)),
         tokens=tokens_per_step(config, assumed),
         seconds=step_seconds(config, setup, card, assumed),
         steps_per_epoch=per_epoch,

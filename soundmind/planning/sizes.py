@@ -125,40 +125,15 @@ class VisionSize:
 
 
 @dataclass(frozen=True)
-class TalkerSize:
-    """The talker: a decoder that writes speech codes. Not loaded in training."""
-
-    embedding: int  # width of what the thinker hands over
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-
-    @property
-    def parameters(self) -> int:
-        """Input projection, embedding, layers, last norm and code head."""
-        query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (2 * query + 2 * kv) + query + 2 * kv
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        projection = self.embedding * self.hidden + self.hidden
-        tables = self.vocab * self.embedding + self.vocab * self.hidden
-        return projection + tables + self.layers * layer + self.hidden
-
-
-@dataclass(frozen=True)
 class OmniSize:
-    """A complete Qwen2.5-Omni: what the thinker is made of, and the parts that stay on disk."""
+    """A complete Qwen2.5-Omni: what the thinker is made of, and the size of its folder."""
 
     name: str
     text: TextSize
     audio: AudioSize
     vision: VisionSize
-    talker: TalkerSize | None  # None: a folder without one
-    vocoder: int | None  # parameters; None: not told by the configuration
     source: str  # where the numbers are from
+    folder_bytes: int = 0  # of a complete folder's weights; 0: the folder on this disk tells
 
     @property
     def thinker_parameters(self) -> int:
@@ -174,23 +149,12 @@ QWEN2_5_OMNI_7B = OmniSize(
     text=TextSize(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18944, vocab=152_064),
     audio=AudioSize(width=1280, layers=32, heads=20, ffn=5120, output=3584),
     vision=VisionSize(hidden=1280, layers=32, intermediate=3420, output=3584),
-    talker=TalkerSize(
-        embedding=3584,
-        hidden=896,
-        layers=24,
-        heads=12,
-        kv_heads=4,
-        head_dim=128,
-        intermediate=18944,
-        vocab=8448,
-    ),
-    vocoder=449_051_264,
     source=(
-        "Qwen/Qwen2.5-Omni-7B; text and audio equal the defaults of transformers' "
-        "Qwen2_5OmniTextConfig and Qwen2_5OmniAudioEncoderConfig, the vocoder those of "
-        "Qwen2_5OmniToken2WavConfig. Vision and talker, which no run loads, were not compared with "
-        "the published config.json"
+        "Qwen/Qwen2.5-Omni-7B; equal to the values that two published fine-tunes of it were read with, "
+        "parameters of the thinker included"
     ),
+    # Thinker and talker in bf16, the vocoder in fp32.
+    folder_bytes=2 * (8_931_813_888 + 1_351_360_256) + 4 * 449_051_264 + 128,
 )
 
 
@@ -199,22 +163,8 @@ QWEN2_5_OMNI_3B = OmniSize(
     text=TextSize(hidden=2048, layers=36, heads=16, kv_heads=2, intermediate=11008, vocab=151_936),
     audio=AudioSize(width=1280, layers=32, heads=20, ffn=5120, output=2048),
     vision=VisionSize(hidden=1280, layers=32, intermediate=3420, output=2048),
-    talker=TalkerSize(
-        embedding=2048,
-        hidden=896,
-        layers=24,
-        heads=14,
-        kv_heads=2,
-        head_dim=64,
-        intermediate=4864,
-        vocab=8448,
-    ),
-    vocoder=449_051_264,
-    source=(
-        "Qwen/Qwen2.5-Omni-3B; the language model has the dimensions of Qwen2.5-3B, with an output "
-        "head of its own. Not compared with the published config.json; a downloaded folder's own "
-        "is used where there is one"
-    ),
+    source="Qwen/Qwen2.5-Omni-3B; its published config.json and index",
+    folder_bytes=11_972_343_936,
 )
 
 
@@ -224,15 +174,13 @@ PUBLISHED = {size.name: size for size in (QWEN2_5_OMNI_7B, QWEN2_5_OMNI_3B)}
 def parameters(size: OmniSize) -> dict[str, int]:
     """Parameters of each part, under the names of `soundmind.model.parts.PARTS`.
 
-    A part that the model does not have, or whose size the configuration does not tell, counts 0.
+    Talker and vocoder, which no run trains, are not counted: see `OmniSize.folder_bytes`.
     """
     return {
         "language_model": size.text.parameters,
         "projector": size.audio.projector_parameters,
         "audio_tower": size.audio.tower_parameters,
         "vision": size.vision.parameters,
-        "talker": size.talker.parameters if size.talker else 0,
-        "vocoder": size.vocoder or 0,
     }
 
 
@@ -245,7 +193,6 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> OmniSize:
         thinker = config["thinker_config"]
         text, audio = thinker["text_config"], thinker["audio_config"]
         vision = thinker["vision_config"]
-        talker = config.get("talker_config")
         return OmniSize(
             name=name,
             text=TextSize(
@@ -255,8 +202,10 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> OmniSize:
                 kv_heads=text["num_key_value_heads"],
                 intermediate=text["intermediate_size"],
                 vocab=text["vocab_size"],
-                # Published folders write it at the thinker's level, if at all.
-                tied=bool(thinker.get("tie_word_embeddings", False)),
+                # Published folders write it here; transformers 5 writes it for the thinker.
+                tied=bool(
+                    text.get("tie_word_embeddings", thinker.get("tie_word_embeddings", False))
+                ),
             ),
             audio=AudioSize(
                 width=audio["d_model"],
@@ -277,8 +226,6 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> OmniSize:
                 temporal_patch=vision.get("temporal_patch_size", 2),
                 merge=vision.get("spatial_merge_size", 2),
             ),
-            talker=talker and _talker(talker),
-            vocoder=None,
             source=source,
         )
     except (KeyError, TypeError) as error:
@@ -286,19 +233,6 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> OmniSize:
             f"{source}: {error} is missing; a config.json of a complete Qwen2.5-Omni folder has "
             "thinker_config with text_config, audio_config and vision_config"
         ) from error
-
-
-def _talker(config: Mapping[str, Any]) -> TalkerSize:
-    return TalkerSize(
-        embedding=config["embedding_size"],
-        hidden=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        intermediate=config["intermediate_size"],
-        vocab=config["vocab_size"],
-    )
 
 
 def from_folder(folder: str | Path) -> OmniSize:

@@ -29,6 +29,7 @@ from soundmind.planning.rules import (
     micro_batch_sizes,
     tensor_parallel,
 )
+from soundmind.planning.setup import CARDS, GB, assumptions, rows_of
 from soundmind.planning.sizes import PUBLISHED, SizeError
 from soundmind.plugin import environment
 from soundmind.run import lora_checks, machine_checks, supported
@@ -59,7 +60,7 @@ def find_problems(config: DictConfig) -> Iterator[str]:
     yield from wrong_numbers
     for check in (
         *(installed_versions, reward_keys, reward_settings, device, cluster, shared_prompts),
-        *(lora_targets, resume, data_files),
+        *(lora_targets, resume, data_files, ground_truths),
         *(machine_checks.driver, machine_checks.attention),
     ):
         yield from check(config)
@@ -67,6 +68,7 @@ def find_problems(config: DictConfig) -> Iterator[str]:
     for check in (
         *(gpu_capacity, group_size, batch_sizes, micro_batch_sizes, tensor_parallel, lengths),
         *(supported.unsupported, machine_checks.processors, machine_checks.weight_bucket),
+        *(machine_checks.host_memory_fits, machine_checks.disk_fits),
     ):
         if not wrong_numbers:
             yield from check(config)
@@ -169,12 +171,10 @@ def gpu_capacity(config: DictConfig) -> Iterator[str]:
     found = machine.gpu_memory()
     if not found:
         return  # `device` has said so
-    card = replace(plan.CARDS["H100"], name="this machine's", memory=min(found))
-    # Means matter for the estimate of time alone; memory is that of the longest rows.
-    answer = int(config.data.max_response_length)
-    assumed = plan.Assumptions(plan.PUBLISHED_SECONDS, answer, plan.PROMPT_TEXT_TOKENS)
+    card = replace(CARDS["H100"], name="this machine's", memory=min(found))
     try:
-        need = plan.make_plan(config, "check", card, assumed)
+        # Means matter for the estimate of time alone; memory is that of the longest rows.
+        need = plan.make_plan(config, "check", card, assumptions(config))
     except SizeError:
         return  # a model that is not here and is none of the published ones
     if need.fits:
@@ -187,14 +187,14 @@ def gpu_capacity(config: DictConfig) -> Iterator[str]:
     )
     if largest.total + need.reserve > card.memory:
         yield (
-            f"GPU memory: {largest.name} ({largest.moment}) needs {largest.total / plan.GB:.1f} GB a "
-            f"GPU and {need.reserve / plan.GB:.1f} GB are kept free, but the smallest GPU here has "
-            f"{card.memory / plan.GB:.1f} GB. {more}"
+            f"GPU memory: {largest.name} ({largest.moment}) needs {largest.total / GB:.1f} GB a "
+            f"GPU and {need.reserve / GB:.1f} GB are kept free, but the smallest GPU here has "
+            f"{card.memory / GB:.1f} GB. {more}"
         )
     else:
         yield (
             f"GPU memory: vLLM would have room for {need.kv_tokens:,} tokens on a GPU of "
-            f"{card.memory / plan.GB:.1f} GB, and one sequence takes "
+            f"{card.memory / GB:.1f} GB, and one sequence takes "
             f"{need.longest_prompt['one sequence']:,}; raise rollout.gpu_memory_utilization, or: {more}"
         )
 
@@ -287,6 +287,49 @@ def data_files(config: DictConfig) -> Iterator[str]:
             if not Path(path).is_file():
                 command = _prepare_command(config, path)
                 yield f"data.{key}: {path} not found. Make it with: {command}"
+    if all(Path(path).is_file() for path in _paths(config.data.train_files)):
+        yield from filled_batches(config)
+
+
+def filled_batches(config: DictConfig) -> Iterator[str]:
+    """A step's prompts are there; verl's data loader drops an incomplete batch, and then has none."""
+    rows, _ = rows_of(config.data.train_files, "train")
+    limit = int(config.data.get("train_max_samples", -1))
+    used = min(rows, limit) if limit > 0 else rows
+    batch = config.data.train_batch_size
+    if isinstance(batch, int) and used < batch:
+        yield (
+            f"data.train_batch_size={batch} and there are {used} training rows: no step could be "
+            f"filled; set it to at most {used}"
+        )
+
+
+def ground_truths(config: DictConfig) -> Iterator[str]:
+    """Every ground truth of the data is a verdict of the label set that the reward reads."""
+    import pyarrow.compute as compute
+    import pyarrow.parquet as parquet
+
+    from soundmind.task.reward import resolve
+
+    function = config.reward.custom_reward_function
+    if function.path != "pkg://soundmind.rewards":
+        return
+    keywords: Any = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
+    try:
+        known = list(resolve(**keywords).labels.labels)
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError):
+        return  # `reward_settings` says so
+    for key in ("train_files", "val_files"):
+        for path in filter(lambda path: Path(path).is_file(), _paths(config.data[key])):
+            table = parquet.read_table(path, columns=["reward_model"])
+            column = compute.struct_field(table["reward_model"], "ground_truth")
+            strange = sorted(set(map(str, column.unique().to_pylist())) - set(known))
+            if strange:
+                yield (
+                    f"data.{key}: {path} has the ground truth {strange[0]!r}, which is no label of the "
+                    f"reward ({', '.join(known)}); no response could be right. Set reward_kwargs.labels "
+                    "to the labels of this data"
+                )
 
 
 def _paths(value: Any) -> list[str]:

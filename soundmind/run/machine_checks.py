@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from omegaconf import DictConfig
 
-from soundmind.planning.plan import dtype_bytes
+from soundmind.planning.disk import RAY_FULL, disk_space
+from soundmind.planning.plan import host_memory
+from soundmind.planning.setup import GB, assumptions, dtype_bytes, rows_of, training_setup
 from soundmind.planning.sizes import SizeError, model_size
 from soundmind.system import machine
 
@@ -103,3 +109,82 @@ def driver_too_old(found: str) -> str:
         f"NVIDIA's driver is {found} and PyTorch 2.11 for CUDA 13 needs {DRIVER} or newer: update the "
         "driver, or take a machine image with CUDA 13"
     )
+
+
+def host_memory_fits(config: DictConfig) -> Iterator[str]:
+    """This process's share of the machine's memory holds what `soundmind.plan` counts for a node."""
+    if config.ray_kwargs.ray_init.get("address"):
+        return  # the machines are the cluster's
+    try:
+        setup = training_setup(config, model_size(str(config.actor_rollout_ref.model.path)))
+    except SizeError:
+        return  # the model's own check says so
+    parts, there = host_memory(config, setup, assumptions(config)), machine.memory_bytes()
+    if (need := sum(parts.values())) > there:
+        largest = sorted(parts, key=lambda name: -parts[name])[:3]
+        listed = ", ".join(f"{name} {parts[name] / GB:.0f}" for name in largest)
+        yield (
+            f"host memory: about {need / GB:.0f} GB are needed ({listed} ...) and this process may use "
+            f"{there / GB:.0f} GB. Use a machine or a job with more, fewer ranks, or less offloading "
+            "(actor.fsdp_config.param_offload, optimizer_offload)"
+        )
+
+
+def disk_fits(config: DictConfig) -> Iterator[str]:
+    """The disks of `run.root` and of Ray's folder hold what `soundmind.plan` counts for the run."""
+    try:
+        setup = training_setup(config, model_size(str(config.actor_rollout_ref.model.path)))
+    except SizeError:
+        return  # the model's own check says so
+    rows, _ = rows_of(config.data.train_files, "train")
+    per_epoch = rows // int(config.data.train_batch_size)
+    steps = config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs
+    parts = disk_space(config, setup, assumptions(config), int(steps))
+    *ours, ray = parts.values()
+    root, temporary = existing(Path(str(config.run.root))), existing(Path(ray_folder()))
+    same = root.stat().st_dev == temporary.stat().st_dev
+    need = sum(ours) + (ray if same else 0) - held_checkpoints(config)
+    free = shutil.disk_usage(root).free
+    if need > free:
+        listed = ", ".join(
+            f"{name} {size / GB:.0f}" for name, size in parts.items() if size > GB / 2
+        )
+        yield (
+            f"disk: the run needs about {need / GB:.0f} GB in {root} ({listed}) and {free / GB:.0f} GB "
+            "are free. Set run.root to a larger disk, trainer.max_actor_ckpt_to_keep to fewer "
+            "checkpoints, or free some space"
+        )
+    if config.ray_kwargs.ray_init.get("address"):
+        return  # the cluster has a folder of its own
+    usage = shutil.disk_usage(temporary)
+    left = usage.free - (0 if not same else max(0, need - ray))
+    if left - ray < (1 - RAY_FULL) * usage.total and need <= free:
+        yield (
+            f"disk: Ray stops where {temporary}'s disk is {RAY_FULL:.0%} full, and about "
+            f"{max(0, left) / GB:.0f} GB of {usage.total / GB:.0f} GB will be free; free some space there"
+        )
+
+
+def ray_folder() -> str:
+    """Where Ray's temporary folders go: short, since a socket's path has 107 characters at most."""
+    return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder of `path` that is there."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def held_checkpoints(config: DictConfig) -> int:
+    """Bytes of checkpoints that a continued run has on the disk already."""
+    named = str(config.run.resume)
+    if named == "new":
+        return 0
+    runs = [Path(named)] if named != "auto" else Path(str(config.run.root)).glob("*/*")
+    sizes = [
+        sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
+        for run in runs
+        if named != "auto" or not (run / "summary.json").exists()
+    ]
+    return max(sizes, default=0)

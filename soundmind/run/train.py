@@ -20,6 +20,7 @@ from soundmind.plugin import environment as plugin_environment
 from soundmind.run.checks import verl_problems
 from soundmind.run.experiment import experiment
 from soundmind.run.folder import RunFolder
+from soundmind.run.machine_checks import ray_folder
 from soundmind.system import files as system_files
 from soundmind.system import machine
 from soundmind.system.errors import UserError
@@ -62,7 +63,7 @@ def short_temporary_folder() -> Iterator[Path]:
 
     Folders of launchers that were killed are removed as well.
     """
-    base = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    base = Path(ray_folder())
     for stale in base.glob("sm-ray-*-*"):
         owner = stale.name.split("-")[2]
         if owner.isdigit() and not _is_running(int(owner)):

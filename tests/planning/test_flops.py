@@ -67,8 +67,6 @@ def small() -> tuple[sizes.OmniSize, Any]:
         sizes.TextSize(hidden=256, layers=2, heads=4, kv_heads=2, intermediate=768, vocab=512),
         sizes.AudioSize(width=128, layers=2, heads=4, ffn=384, output=256),
         sizes.VisionSize(hidden=64, layers=1, intermediate=64, output=256),
-        talker=None,
-        vocoder=None,
         source="test",
     )
     return size, as_policy(random_thinker(size, "eager"))
