@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from soundmind.data.lengths import longest_prompt_tokens
 from soundmind.model import checkpoints
@@ -29,10 +29,11 @@ from soundmind.planning.rules import (
     micro_batch_sizes,
     tensor_parallel,
 )
-from soundmind.planning.setup import CARDS, GB, assumptions, rows_of
+from soundmind.planning.setup import CARDS, GB, assumptions
 from soundmind.planning.sizes import PUBLISHED, SizeError
 from soundmind.plugin import environment
 from soundmind.run import lora_checks, machine_checks, supported
+from soundmind.run.data_checks import data_files, ground_truths, paths_of
 from soundmind.run.lora_checks import lora_targets
 from soundmind.system.errors import UserError
 
@@ -280,70 +281,6 @@ def checkpoint_faults(step: Path, config: DictConfig) -> list[str]:
     return []
 
 
-def data_files(config: DictConfig) -> Iterator[str]:
-    """The Parquet files are there."""
-    for key in ("train_files", "val_files"):
-        for path in _paths(config.data[key]):
-            if not Path(path).is_file():
-                command = _prepare_command(config, path)
-                yield f"data.{key}: {path} not found. Make it with: {command}"
-    if all(Path(path).is_file() for path in _paths(config.data.train_files)):
-        yield from filled_batches(config)
-
-
-def filled_batches(config: DictConfig) -> Iterator[str]:
-    """A step's prompts are there; verl's data loader drops an incomplete batch, and then has none."""
-    rows, _ = rows_of(config.data.train_files, "train")
-    limit = int(config.data.get("train_max_samples", -1))
-    used = min(rows, limit) if limit > 0 else rows
-    batch = config.data.train_batch_size
-    if isinstance(batch, int) and used < batch:
-        yield (
-            f"data.train_batch_size={batch} and there are {used} training rows: no step could be "
-            f"filled; set it to at most {used}"
-        )
-
-
-def ground_truths(config: DictConfig) -> Iterator[str]:
-    """Every ground truth of the data is a verdict of the label set that the reward reads."""
-    import pyarrow.compute as compute
-    import pyarrow.parquet as parquet
-
-    from soundmind.task.reward import resolve
-
-    function = config.reward.custom_reward_function
-    if function.path != "pkg://soundmind.rewards":
-        return
-    keywords: Any = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
-    try:
-        known = list(resolve(**keywords).labels.labels)
-    except (ValueError, TypeError, KeyError, ImportError, AttributeError):
-        return  # `reward_settings` says so
-    for key in ("train_files", "val_files"):
-        for path in filter(lambda path: Path(path).is_file(), _paths(config.data[key])):
-            table = parquet.read_table(path, columns=["reward_model"])
-            column = compute.struct_field(table["reward_model"], "ground_truth")
-            strange = sorted(set(map(str, column.unique().to_pylist())) - set(known))
-            if strange:
-                yield (
-                    f"data.{key}: {path} has the ground truth {strange[0]!r}, which is no label of the "
-                    f"reward ({', '.join(known)}); no response could be right. Set reward_kwargs.labels "
-                    "to the labels of this data"
-                )
-
-
-def _paths(value: Any) -> list[str]:
-    return list(value) if isinstance(value, (list, ListConfig)) else [value]
-
-
-def _prepare_command(config: DictConfig, path: str) -> str:
-    if config.run.prepare == "practice":
-        return "python -m soundmind.prepare --config-name grpo_tiny_cpu"
-    mode = Path(path).parent.name
-    mode = mode if mode in ("audio", "text", "dual") else "audio"
-    return f"bash scripts/download_data.sh && python -m soundmind.preprocess --mode {mode}"
-
-
 def model_folder(config: DictConfig) -> Iterator[str]:
     """The model is a complete local folder, or plainly a Hub id."""
     path = str(config.actor_rollout_ref.model.path)
@@ -385,7 +322,7 @@ def processor_and_prompts(config: DictConfig) -> Iterator[str]:
             "published one is 300 s, and a shorter one cuts clips without a word"
         )
     budget = config.data.max_prompt_length
-    files = [*_paths(config.data.train_files), *_paths(config.data.val_files)]
+    files = [*paths_of(config.data.train_files), *paths_of(config.data.val_files)]
     for path in sorted({file for file in files if Path(file).is_file()}):
         yield from longest_prompt(path, processor, budget)
 

@@ -88,7 +88,7 @@ def quoting_hint(overrides: Sequence[str]) -> str | None:
 
 
 # Keys that name places on this disk.
-PLACES = (
+PATH_KEYS = (
     *(f"run.{key}" for key in ("root", "resume", "practice_dir", "alr_dir")),
     *(f"data.{key}" for key in ("train_files", "val_files", "audio_root")),
     *(f"actor_rollout_ref.model.{key}" for key in ("path", "lora_adapter_path")),
@@ -97,7 +97,7 @@ PLACES = (
 
 def _expand_home(config: DictConfig) -> None:
     """`~` at the start of a place is the home folder, for whoever reads the key."""
-    for key in PLACES:
+    for key in PATH_KEYS:
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and value.startswith("~"):
             OmegaConf.update(config, key, str(Path(value).expanduser()))

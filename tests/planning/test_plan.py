@@ -17,6 +17,7 @@ from soundmind.planning import memory, sizes
 from soundmind.planning import plan as planning_plan
 from soundmind.planning.flops import Trained
 from soundmind.planning.memory import MicroBatch, Training
+from soundmind.planning.setup import CARDS
 
 SEVEN = sizes.QWEN2_5_OMNI_7B
 MINUTE = MicroBatch(rows=1, length=2400, clips=(6000,))
@@ -198,18 +199,17 @@ def test_time_grows_with_work_and_falls_with_the_card() -> None:
     assumed = planning_plan.Assumptions(
         clip_seconds=60, response_tokens=700, prompt_text_tokens=170
     )
-    short = planning_plan.step_seconds(config, setup, planning_plan.CARDS["H100"], assumed)
+    short = planning_plan.step_seconds(config, setup, CARDS["H100"], assumed)
     longer = replace(assumed, clip_seconds=120)
     assert (
-        planning_plan.step_seconds(config, setup, planning_plan.CARDS["H100"], longer)["update"]
-        > short["update"]
+        planning_plan.step_seconds(config, setup, CARDS["H100"], longer)["update"] > short["update"]
     )
     assert (
-        planning_plan.step_seconds(config, setup, planning_plan.CARDS["A100"], assumed)["update"]
+        planning_plan.step_seconds(config, setup, CARDS["A100"], assumed)["update"]
         > short["update"]
     )
     frozen = replace(setup, trained=Trained(False, False))
     assert (
-        planning_plan.step_seconds(config, frozen, planning_plan.CARDS["H100"], assumed)["update"]
+        planning_plan.step_seconds(config, frozen, CARDS["H100"], assumed)["update"]
         < short["update"]
     )

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("verl")
 
-from soundmind.run import checks, machine_checks
+from soundmind.run import data_checks, machine_checks
 from soundmind.run.config import compose_config
 from soundmind.run.train import hide_gpus
 from soundmind.system import machine
@@ -90,11 +90,11 @@ def test_labels_that_are_not_the_data_s_are_refused(tmp_path: Path) -> None:
             f"data.val_files={write_rows(tmp_path / 'b.parquet', ['entailed', 'maybe'])}",
         ],
     )
-    (problem,) = checks.ground_truths(config)
+    (problem,) = data_checks.ground_truths(config)
     assert "b.parquet has the ground truth 'maybe'" in problem
     OmegaConf.set_struct(config, False)
     config.reward.custom_reward_function.reward_kwargs.labels = ["A", "B", "C", "D"]
-    found = list(checks.ground_truths(config))
+    found = list(data_checks.ground_truths(config))
     assert len(found) == 2
     assert all("A, B, C, D" in problem for problem in found)
     config.reward.custom_reward_function.reward_kwargs.labels = [
@@ -102,7 +102,7 @@ def test_labels_that_are_not_the_data_s_are_refused(tmp_path: Path) -> None:
         "not-entailed",
         "maybe",
     ]
-    assert not list(checks.ground_truths(config))
+    assert not list(data_checks.ground_truths(config))
 
 
 @pytest.mark.parametrize(("batch", "limit", "fits"), [(3, -1, True), (4, -1, False), (3, 2, False)])
@@ -112,7 +112,7 @@ def test_a_batch_that_the_rows_cannot_fill_is_refused(
     rows = write_rows(tmp_path / "a.parquet", ["entailed"] * 3)
     settings = [f"data.train_batch_size={batch}", f"data.train_max_samples={limit}"]
     config = compose_config("grpo_tiny_cpu", [f"data.train_files={rows}", *settings])
-    found = list(checks.filled_batches(config))
+    found = list(data_checks.filled_batches(config))
     assert bool(found) == (not fits)
     assert all("set it to at most" in problem for problem in found)
 
