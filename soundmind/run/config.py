@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from soundmind.run.quoting import quoting_hint
 from soundmind.system.errors import UserError
 from soundmind.system.files import REPOSITORY
 
@@ -60,31 +60,6 @@ def compose_config(
         )
     _expand_home(config)
     return config
-
-
-def quoting_hint(overrides: Sequence[str]) -> str | None:
-    """How to write the first override whose value Hydra's grammar does not take as it stands."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        try:
-            # `a,b` is a sweep over two values.
-            if not OverridesParser.create().parse_override(override).is_sweep_override():
-                continue
-        except HydraException:
-            pass
-        if equals and value[:1] not in ("'", '"', "[", "{"):
-            escaped = value.replace("'", "\\'")
-            quoted = f"{key}='{escaped}'"
-            plain = not set('"$`\\!') & set(quoted)
-            quoted = f'"{quoted}"' if plain else shlex.quote(quoted)
-            return (
-                f"override {override!r}: Hydra reads some of these characters as its own; quote the "
-                f"value, and the whole for the shell: {quoted}"
-            )
-    return None
 
 
 # Keys that name places on this disk.
