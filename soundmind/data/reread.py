@@ -157,6 +157,20 @@ def _roots(parquet: str, metadata: dict[str, Any]) -> Iterator[str]:
             yield from (os.fspath(place) for place in (Path(base), *Path(base).parents))
 
 
+def require_clips(
+    clips: Sequence[str | None], infos: Sequence[dict[str, Any]], path: str, all_of_them: bool
+) -> None:
+    """RowsError where questions that are heard have no clip; with `all_of_them` not even one may."""
+    heard = [index for index, info in enumerate(infos) if info.get("mode") in ("audio", "dual")]
+    lacking = [index for index in heard if clips[index] is None]
+    if lacking and (all_of_them or len(lacking) == len(heard)):
+        raise RowsError(
+            f"{path}: row {lacking[0]} (id {infos[lacking[0]].get('id')}) is a question that is heard, "
+            f"and its column audio holds neither a path nor bytes, as in {len(lacking)} rows of "
+            f"{len(heard)}. Make the file again with: {PREPARE}"
+        )
+
+
 def check_clips(clips: Sequence[tuple[str, float | None]], path: str, need: bool) -> None:
     """A wrong root is wrong for every clip: say so at start, not at the first rollout."""
     first = clips[0][0]

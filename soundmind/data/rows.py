@@ -26,6 +26,7 @@ from soundmind.data.reread import (
     conformed,
     embedded_rows,
     open_rows,
+    require_clips,
 )
 from soundmind.task.schema import METADATA_KEY
 
@@ -67,12 +68,14 @@ def read_rows(
         embedded_reference(os.path.abspath(path), index) if inside[index] else clip
         for index, clip in enumerate(paths)
     ]
+    infos = table["extra_info"].to_pylist()
+    require_clips(clips, infos, path, need_clips)
     outside = [index for index, clip in enumerate(clips) if clip and not inside[index]]
     if outside:
         folder = clip_root(original or path, metadata, root, [clips[i] or "" for i in outside])
         for index in outside:
             clips[index] = os.path.join(folder, clips[index] or "")
-        seconds = pc.struct_field(table["extra_info"], "question_seconds").to_pylist()
+        seconds = [info.get("question_seconds") for info in infos]
         check_clips([(clips[i] or "", seconds[i]) for i in outside], path, need_clips)
     table = table.append_column(CLIP_COLUMN, pa.array(clips, pa.string()))
     return table.replace_schema_metadata(None)

@@ -219,3 +219,28 @@ def test_sound_in_one_huge_group_is_refused_with_the_way_out(
     monkeypatch.setattr("soundmind.data.reread.LARGEST_GROUP", os.path.getsize(source) // 2)
     with pytest.raises(RowsError, match="row_group_size"):
         read_rows(str(source))
+
+
+@pytest.mark.parametrize("audio", ["dropped", "plain path", "nulls"])
+def test_a_heard_question_without_its_clip_is_refused(make_github: MakeData, audio: str) -> None:
+    source = prepare(make_github({"test": 3}))
+    rows = pq.read_table(source).to_pylist()
+    for row in rows:
+        row["audio"] = {
+            "dropped": None,
+            "plain path": row["audio"]["path"],
+            "nulls": {"path": None, "bytes": None},
+        }[audio]
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    for need in (True, False):
+        with pytest.raises(RowsError, match="neither a path nor bytes"):
+            read_rows(str(source), need_clips=need)
+
+
+def test_rows_without_durations_are_read(make_github: MakeData) -> None:
+    source = prepare(make_github({"test": 2}))
+    rows = pq.read_table(source).to_pylist()
+    for row in rows:
+        del row["extra_info"]["question_seconds"]
+    pq.write_table(pa.Table.from_pylist(rows), source.with_name("other.parquet"))
+    assert len(seconds(source.with_name("other.parquet"))) == 2
