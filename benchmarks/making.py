@@ -30,7 +30,9 @@ sys.path.insert(0, str(REPOSITORY / "tests/support"))
 
 from own_triples import own_triples, write_triples
 
-from soundmind.making.speech import Espeak, Utterance, make_all
+from soundmind.making.engines import Espeak
+from soundmind.making.sound import Utterance
+from soundmind.making.speech import make_all
 from soundmind.making.words import Wording
 from soundmind.system.chat import Client, run_all
 from soundmind.system.journal import Journal

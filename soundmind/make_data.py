@@ -24,8 +24,8 @@ from typing import Any
 
 from soundmind import preprocess
 from soundmind.making.check import Listener, ListeningCommand, ListeningModel
+from soundmind.making.engines import Command, Engine, Espeak, Server
 from soundmind.making.reasoning import Settings
-from soundmind.making.speech import Command, Engine, Espeak, Server
 from soundmind.making.stages import STAGE_NAMES, Making, opened, run_stage
 from soundmind.making.words import RELEASED, Wording
 from soundmind.system.chat import Budget, Client, Prices

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from soundmind.making.engines import fill, run_command, split_command
 from soundmind.making.near import plain
-from soundmind.making.speech import ClipFault, Utterance, fill, run_command, split_command
+from soundmind.making.sound import ClipFault, Utterance
 from soundmind.making.words import Wording
 from soundmind.system.errors import UserError
 from soundmind.system.journal import Journal

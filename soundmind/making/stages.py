@@ -26,8 +26,10 @@ from typing import Any
 from soundmind.data.workers import rows_bar
 from soundmind.making import publish, reasoning, triples
 from soundmind.making.check import Listener, hear_all
+from soundmind.making.engines import Engine
 from soundmind.making.reasoning import Settings as TeacherSettings
-from soundmind.making.speech import Engine, Utterance, make_all
+from soundmind.making.sound import Utterance
+from soundmind.making.speech import make_all
 from soundmind.making.triples import Dropped
 from soundmind.making.words import Wording
 from soundmind.system.chat import Client, Usage

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from soundmind.making.check import ListeningCommand, ListeningModel, error_rate, hear_all
-from soundmind.making.speech import ClipFault, Utterance
+from soundmind.making.sound import ClipFault, Utterance
 from soundmind.making.words import Wording
 from soundmind.system.errors import UserError
 from soundmind.system.journal import Journal

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import resource
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from own_data import arguments, contents, read
 from own_triples import own_triples, write_triples
-from processes import REPOSITORY, clean_environment
+from processes import REPOSITORY
 from scripted_server import ScriptedServer, teacher
 
 from soundmind import preprocess
@@ -38,12 +36,6 @@ def server() -> Iterator[ScriptedServer]:
         yield running
 
 
-def arguments(output: Path, source: Path, url: str, *more: str) -> list[str]:
-    """Command line with short answers allowed and no Parquet unless asked for."""
-    base = ["--output", str(output), "--source", str(source), "--teacher-url", url]
-    return [*base, "--teacher-model", "m", "--workers", "2", "--tokenizer", "none", *more]
-
-
 @pytest.fixture(scope="module")
 def made(server: ScriptedServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 20 rows in three splits; the path has a space in it."""
@@ -52,30 +44,6 @@ def made(server: ScriptedServer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     voices = ["--voices", "en-us", "en-us+m3", "en-us+f2", "en-gb", "--separate-voices"]
     assert main(arguments(folder / "set", source, server.url, *SPLITS, *voices)) == 0
     return folder / "set"
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    """Every published file; of the report what does not depend on tries that were lost."""
-    files = {
-        path.relative_to(output).as_posix(): path.read_bytes()
-        for path in sorted(output.rglob("*"))
-        if path.is_file() and path.relative_to(output).parts[0] not in ("work", "report.json")
-    }
-    report = json.loads((output / "report.json").read_text())
-    del report["stages"]["reasoning"]["spent"]
-    parquet = "parquet/audio/report.json"
-    known = json.loads(files[parquet])
-    for split in known["splits"].values():
-        del split["input"]["fingerprint"]  # of the clips' times
-    return {
-        **files,
-        parquet: json.dumps(known).encode(),
-        "report.json": json.dumps(report).encode(),
-    }
 
 
 # -- what is made ---------------------------------------------------------------------------------
@@ -197,109 +165,6 @@ def test_what_is_dropped_in_any_stage_is_listed_and_counted(
     assert all(f"{source}:" in item["where"] for item in dropped)
     kept = len(read(tmp_path / "set/train.jsonl"))
     assert kept + len(dropped) == len(rows)
-
-
-# -- interruption ---------------------------------------------------------------------------------
-
-
-def lines_in(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def moments(output: Path, running: ScriptedServer) -> dict[str, Callable[[], bool]]:
-    """When each stage is at work."""
-    work = output / "work"
-    return {
-        "triples": lambda: (work / "lock").exists(),
-        "words": lambda: (work / "triples.jsonl").exists(),
-        "reasoning": lambda: lines_in(work / "teacher.jsonl") > 12,
-        "speech": lambda: lines_in(work / "clips.jsonl") > 5,
-        "check": lambda: lines_in(work / "heard.jsonl") > 3,
-        "publish": lambda: (work / "publish.jsonl").exists(),
-    }
-
-
-EARS = """
-import json, pathlib, sys
-clip = pathlib.Path(sys.argv[1])
-for line in (clip.parents[2] / "speech.jsonl").read_text().splitlines():
-    row = json.loads(line)
-    for part in ("question", "answer"):
-        if row[f"{part}_clip"].endswith(clip.name):
-            print(row[f"spoken_{part}"])
-"""
-
-
-def test_a_kill_in_each_stage_changes_nothing_and_nothing_answered_is_asked_again(
-    tmp_path: Path,
-) -> None:
-    source = write_triples(tmp_path / "t.jsonl", own_triples(16))
-    (tmp_path / "ears.py").write_text(EARS)
-    ears = f"{shlex.quote(sys.executable)} {tmp_path / 'ears.py'} {{audio}}"
-    more = [*SPLITS, "--concurrency", "4", "--recogniser-command", ears]
-    with ScriptedServer(teacher, seconds=0.05) as running:
-
-        def start(output: Path) -> subprocess.Popen[bytes]:
-            options = arguments(output, source, running.url, *more)
-            return subprocess.Popen(
-                [sys.executable, "-m", "soundmind.make_data", *options],
-                cwd=REPOSITORY,
-                env=clean_environment(),
-                stdout=subprocess.DEVNULL,
-            )
-
-        assert start(tmp_path / "whole").wait() == 0
-        asked_whole = len(running.bodies)
-        running.bodies.clear()
-        running.headers.clear()
-        output = tmp_path / "killed"
-        for stage, is_at_work in moments(output, running).items():
-            process = start(output)
-            while not is_at_work():
-                assert process.poll() is None, f"ended before it was killed in {stage}"
-                time.sleep(0.002)
-            os.kill(process.pid, signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-            if stage == "reasoning":
-                kept = {
-                    entry["key"]
-                    for entry in map(json.loads, whole_lines(output / "work/teacher.jsonl"))
-                    if entry["answer"]
-                }
-                time.sleep(0.2)  # what was under way has arrived
-                asked = len(running.headers)
-        assert start(output).wait() == 0
-        again = [headers["Idempotency-Key"] for headers in running.headers[asked:]]
-        assert kept and not kept & set(again)
-        assert len(running.bodies) <= asked_whole + 4  # those under way when it was killed
-    assert contents(output) == contents(tmp_path / "whole")
-    report = json.loads((output / "report.json").read_text())
-    lost = report["stages"]["reasoning"]["spent"]["lost"]
-    assert lost == len(running.bodies) - len({h["Idempotency-Key"] for h in running.headers})
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
-
-
-def test_a_disk_that_is_full_ends_in_one_line_and_the_next_run_goes_on(
-    server: ScriptedServer, tmp_path: Path
-) -> None:
-    source = write_triples(tmp_path / "t.jsonl", own_triples(4))
-    options = arguments(tmp_path / "set", source, server.url, "--questions-only")
-    assert main([*options, "--stages", "triples", "words", "reasoning"]) == 0
-    command = [sys.executable, "-m", "soundmind.make_data", *options, "--stages", *STAGE_NAMES[3:]]
-
-    def no_file_above_100_kb() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    keys: dict[str, Any] = {"cwd": REPOSITORY, "env": clean_environment(), "text": True}
-    keys["capture_output"] = True
-    result = subprocess.run(command, preexec_fn=no_file_above_100_kb, **keys)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ") and "File too large" in result.stderr
-    assert list((tmp_path / "set").rglob("*.wav")) == []
-    assert subprocess.run(command, **keys).returncode == 0
 
 
 # -- what cannot work -----------------------------------------------------------------------------
@@ -428,7 +293,8 @@ def test_a_clip_that_is_not_understood_is_said_again_and_then_dropped(
         "import json, pathlib, sys\n"
         "work = pathlib.Path(sys.argv[1]).parents[2]\n"
         "sys.path.insert(0, sys.argv[2])\n"
-        "from soundmind.making.speech import Espeak, Utterance\n"
+        "from soundmind.making.engines import Espeak\n"
+        "from soundmind.making.sound import Utterance\n"
         "for line in (work / 'speech.jsonl').read_text().splitlines():\n"
         "    row = json.loads(line)\n"
         "    for voice in ('en-us', 'en-gb'):\n"
@@ -446,6 +312,28 @@ def test_a_clip_that_is_not_understood_is_said_again_and_then_dropped(
     assert report["splits"]["train"]["word_error_rate"]["max"] == 0.0
     dropped = read(tmp_path / "set/dropped.jsonl")
     assert [item["where"].rpartition(":")[2] for item in dropped] == ["4"]
+
+
+def test_a_server_of_the_speech_protocol_speaks_both_parts_and_is_asked_once(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    def speak(body: dict[str, Any]) -> tuple[int, bytes]:
+        file = io.BytesIO()
+        samples = 0.1 * np.sin(np.arange(len(body["input"].split()) * 9_600) * 0.05)
+        soundfile.write(file, samples, 24_000, format="WAV")
+        return 200, file.getvalue()
+
+    source = write_triples(tmp_path / "t.jsonl", own_triples(3))
+    with ScriptedServer(speak) as talker:
+        more = ["--speech-url", talker.url, "--speech-model", "tts-1", "--voices", "anna", "ben"]
+        for _ in range(2):
+            assert main(arguments(tmp_path / "set", source, server.url, *more)) == 0
+        assert len(talker.bodies) == 6
+        assert {body["voice"] for body in talker.bodies} <= {"anna", "ben"}
+    said = {body["input"] for body in talker.bodies}
+    rows = read(tmp_path / "set/work/speech.jsonl")
+    assert said == {row[f"spoken_{part}"] for row in rows for part in ("question", "answer")}
+    assert len(list((tmp_path / "set/train").rglob("answer_*.wav"))) == 3
 
 
 def test_faulty_clips_are_dropped_by_name_and_never_in_the_set(

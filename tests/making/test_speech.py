@@ -14,21 +14,10 @@ import pytest
 import soundfile
 from scripted_server import ScriptedServer
 
-from soundmind.making import speech
-from soundmind.making.speech import (
-    LOUDNESS,
-    RATE,
-    ClipFault,
-    Command,
-    Engine,
-    Espeak,
-    Server,
-    Utterance,
-    decode,
-    even,
-    make_all,
-    pieces,
-)
+from soundmind.making import engines
+from soundmind.making.engines import Command, Engine, Espeak, Server, pieces
+from soundmind.making.sound import LOUDNESS, RATE, ClipFault, Utterance, decode, even
+from soundmind.making.speech import make_all
 from soundmind.system.chat import Client
 from soundmind.system.errors import UserError
 from soundmind.system.journal import Journal
@@ -184,7 +173,7 @@ def test_a_command_gets_voice_and_text_and_its_sound_is_kept(tmp_path: Path) -> 
 def test_a_command_that_misbehaves_is_a_fault_of_its_clip(
     code: str, fault: str, detail: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speech, "LARGEST_FILE", 4 << 20)
+    monkeypatch.setattr(engines, "LARGEST_FILE", 4 << 20)
     timeout = 1.0 if fault == "timeout" else 30.0
     started = time.monotonic()
     entry = make(Command(script(tmp_path, code), timeout), tmp_path, [TEXT], "nobody")[0]
