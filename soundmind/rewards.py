@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+FAULTS_SHOWN = 10  # lines that were passed over
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module docstring. Returns 2 for input that cannot be read."""
@@ -74,17 +77,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.labels:
             kwargs["labels"] = options.labels.split(",")
         reward = resolve(**kwargs)
+        faults: list[str] = []
         graded = [
             line
             for path in options.files
-            for line in rescore(read_saved(path, reward.labels), **kwargs)
+            for line in rescore(read_saved(path, reward.labels, faults), **kwargs)
         ]
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    for fault in faults[:FAULTS_SHOWN]:
+        print(fault, file=sys.stderr)
     if not graded:
         print(f"{options.files[0]}: no responses in it", file=sys.stderr)
         return 2
+    if faults:
+        print(f"{len(faults)} lines were passed over, {len(graded)} are graded", file=sys.stderr)
 
     sources = sorted({str(line.get("data_source", "")) for line in graded})
     for source in sources:

@@ -177,6 +177,11 @@ def finish_evaluation(output: Path) -> dict[str, Any]:
     config = read_config(output)
     if config is None:
         raise StoreError(f"{output} holds no config.yaml; is it the folder of an evaluation?")
+    absent = {"model", "data", "generation", "output_modality"} - config.keys()
+    if absent:
+        raise StoreError(
+            f"{output}/config.yaml lacks {', '.join(sorted(absent))}; it was not written by this command"
+        )
     predictions = read_predictions(output)
     if not predictions:
         raise StoreError(f"{output}/predictions.jsonl is empty; nothing to grade")
@@ -186,7 +191,8 @@ def finish_evaluation(output: Path) -> dict[str, Any]:
         summary = summarise_answers(predictions, config, output)
     except KeyError as error:
         raise StoreError(
-            f"{output}/predictions.jsonl: a line lacks {error}; it was not written by this command"
+            f"{output}/predictions.jsonl or its config.yaml lacks {error}; it was not written by this "
+            "command"
         ) from error
     write_json(output / "metrics.json", summary)
     plots.write_plots(output / "plots", predictions, summary)

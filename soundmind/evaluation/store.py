@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from soundmind.system.errors import UserError
 from soundmind.system.files import try_lock, write_text
@@ -118,22 +120,38 @@ def read_config(path: Path) -> dict[str, Any] | None:
     file = path / CONFIG
     if not file.is_file():
         return None
-    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
-    return config
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise StoreError(
+            f"{file} cannot be read ({' '.join(str(error).split())}); it was cut or edited. Evaluate "
+            "into another --output-dir"
+        ) from error
+    if not isinstance(config, dict):
+        raise StoreError(f"{file} holds no settings; is {path} the folder of an evaluation?")
+    return {str(key): value for key, value in config.items()}
 
 
 def read_predictions(path: Path, name: str = PREDICTIONS) -> list[dict[str, Any]]:
-    """Lines of `predictions.jsonl`; StoreError names a line that cannot be read."""
+    """Lines of `predictions.jsonl`; StoreError names a line that cannot be read.
+
+    A byte that is no UTF-8 is data of a response and read as U+FFFD.
+    """
     file = path / name
     if not file.is_file():
         raise StoreError(f"{path} holds no {name}; is it the folder of an evaluation?")
     predictions = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                predictions.append(json.loads(line))
+                found = json.loads(line)
             except ValueError as error:
                 raise StoreError(f"{file}:{number}: not a JSON line ({error})") from error
+            if not isinstance(found, dict):
+                raise StoreError(
+                    f"{file}:{number}: a JSON object is wanted, found {type(found).__name__}"
+                )
+            predictions.append(found)
     return predictions
 
 

@@ -14,7 +14,9 @@ verdicts. Writes only where `--output` says, whole or not at all. No GPU, tokeni
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,24 +33,47 @@ from soundmind.task.reward import (
 )
 
 
-def read_saved(path: Path, labels: LabelSet = ENTAILMENT) -> Iterator[dict[str, Any]]:
+def read_saved(
+    path: Path, labels: LabelSet = ENTAILMENT, faults: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield saved responses with `response`, `ground_truth` and `row` beside the line's own keys.
 
     Takes verl's rollout and validation dumps (input, output, gts, score) and our predictions
-    (response with ground_truth or label). ValueError names the line that is neither.
+    (response with ground_truth or label), gzipped or not; a byte that is no UTF-8 is read as U+FFFD.
+    A line that is neither is named in `faults` and passed over, or raises ValueError without them.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{where}: not a JSON line ({error})") from error
-            if not isinstance(line, dict):
-                raise ValueError(f"{where}: a JSON object is wanted, found {type(line).__name__}")
-            yield {**line, **_saved_response(line, labels, where)}
+    with path.open("rb") as raw:
+        compressed = raw.peek(2)[:2] == b"\x1f\x8b"
+        with gzip.GzipFile(fileobj=raw) if compressed else raw as file:
+            for number, text in enumerate(_lines(file, path), start=1):
+                if not text.strip():
+                    continue
+                try:
+                    line = _json_line(text, f"{path}:{number}")
+                    saved = _saved_response(line, labels, f"{path}:{number}")
+                except ValueError as error:
+                    if faults is None:
+                        raise
+                    faults.append(str(error))
+                    continue
+                yield {**line, **saved}
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: gzip data that is cut or damaged ({error})") from error
+
+
+def _json_line(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not a JSON line ({error})") from error
+    if not isinstance(line, dict):
+        raise ValueError(f"{where}: a JSON object is wanted, found {type(line).__name__}")
+    return line
 
 
 def _saved_response(line: dict[str, Any], labels: LabelSet, where: str) -> dict[str, Any]:

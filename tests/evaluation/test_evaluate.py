@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -17,24 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from processes import REPOSITORY, clean_environment
 from saved_evaluation import alr_test_lines, save, saved_line
 
 from soundmind import evaluate as soundmind_evaluate
 from soundmind.evaluation import evaluate
-from soundmind.evaluation.compare import CompareError, compare
-from soundmind.evaluation.examples import DataError, read_examples
 from soundmind.evaluation.grade import paper_figures
-from soundmind.evaluation.models import ADAPTERS, known_models, open_model, render
 from soundmind.evaluation.store import Store, StoreError, read_predictions
 from soundmind.evaluation.text import OutOfMemory, as_memory_error
-from soundmind.model.folder import ModelError
-from soundmind.system import hub
 
-# --- grading --------------------------------------------------------------------------------------
+# --- grading ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -142,97 +133,36 @@ def test_foreign_predictions_are_refused_with_the_key_they_lack(
     assert "no config.yaml" in capsys.readouterr().err
 
 
-# --- comparing ------------------------------------------------------------------------------------
-
-
-def test_compare_counts_rows_won_and_lost_and_corrects_for_several(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = [saved_line(i, i % 2, i % 2 if i < 60 else 1 - i % 2) for i in range(100)]
-    better = [saved_line(i, i % 2, i % 2 if 5 <= i < 90 else 1 - i % 2) for i in range(100)]
-    same = [dict(line) for line in base]
-    folders = [
-        str(save(tmp_path / name, lines))
-        for name, lines in {"base": base, "better": better, "same": same}.items()
-    ]
-    output = tmp_path / "comparison.json"
-    assert soundmind_evaluate.main(["compare", *folders, "--output", str(output)]) == 0
-    assert "won" in capsys.readouterr().out
-    first, second = json.loads(output.read_text())["comparisons"]
-    assert (first["won"]["count"], first["lost"]["count"]) == (30, 5)
-    assert first["bootstrap"]["value"] == pytest.approx(0.25)
-    assert first["mcnemar"]["p_holm"] == pytest.approx(2 * first["mcnemar"]["p"])
-    assert (second["won"]["count"], second["lost"]["count"], second["mcnemar"]["p"]) == (0, 0, 1)
-
-
-def test_compare_pairs_the_rows_that_both_have(tmp_path: Path) -> None:
-    save(tmp_path / "a", [saved_line(i, 1, 1) for i in range(10)])
-    save(tmp_path / "b", [saved_line(i, 1, 0) for i in range(4, 12)])
-    comparison = compare([tmp_path / "a", tmp_path / "b"])["comparisons"][0]
-    assert (comparison["rows_shared"], comparison["rows_only_in_one"]) == (6, 6)
-    assert comparison["baseline_accuracy"]["n"] == 6
-
-
-def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
-    whole = save(tmp_path / "whole", [saved_line(i, 1, 1) for i in range(4)])
-    part = save(tmp_path / "part", [saved_line(0, 1, 1)], data__rows=4)
-    other = save(tmp_path / "other", [saved_line(i, 1, 1) for i in range(8, 12)])
-    relabelled = save(tmp_path / "relabelled", [saved_line(i, 0, 1) for i in range(4)])
-    for folders, message in (
-        ([whole], "at least two"),
-        ([whole, part], r"not finished \(1 of 4"),
-        ([whole, other], "no row in common"),
-        ([whole, relabelled], "different data"),
-        ([whole, tmp_path / "nowhere"], "no config.yaml"),
-    ):
-        with pytest.raises(CompareError, match=message):
-            compare(folders)
-
-
 @pytest.mark.parametrize(
-    "changes",
+    ("predictions", "config", "message"),
     [
-        {"generation__max_tokens": 16},
-        {"generation__temperature": 1.3},
-        {"data__digest": "2" * 16},
-        {"data__mode": "text"},
-        {"output_modality": "speech"},
+        (b'{"a":1}\n{"a":"\xe9"}\n', b"", "lacks 'data_source'"),
+        (b"[1]\n", b"", "predictions.jsonl:1: a JSON object is wanted, found list"),
+        (b'{"a": 1\n', b"", "predictions.jsonl:1: not a JSON line"),
+        (b"", b"model: {given: x}\n", "config.yaml lacks data, generation"),
+        (b"", b'{"a: [', "config.yaml cannot be read"),
+        (b"", b"\xff\xfe", "config.yaml cannot be read"),
+        (b"", b"- 1\n", "config.yaml holds no settings"),
     ],
 )
-def test_compare_refuses_other_settings_unless_asked_and_lists_them_first(
-    tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_damaged_folders_are_named_in_one_line(
+    tmp_path: Path,
+    predictions: bytes,
+    config: bytes,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folders = [
-        str(save(tmp_path / "a", [saved_line(i, 1, 1) for i in range(4)])),
-        str(save(tmp_path / "b", [saved_line(i, 1, 0) for i in range(4)], **changes)),
-    ]
-    key = next(iter(changes)).replace("__", ".")
-    assert soundmind_evaluate.main(["compare", *folders]) == 2
-    assert f"{key}: " in capsys.readouterr().err
-    assert soundmind_evaluate.main(["compare", *folders, "--across-settings"]) == 0
-    out = capsys.readouterr().out
-    assert f"{key}: " in out and out.index(f"{key}: ") < out.index("McNemar")
+    folder = save(tmp_path / "x", [saved_line(0, 1, 1)])
+    if predictions:
+        (folder / "predictions.jsonl").write_bytes(predictions)
+    if config:
+        (folder / "config.yaml").write_bytes(config)
+    assert soundmind_evaluate.main(["grade", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") <= 2 and message in error
 
 
-def test_compare_takes_models_speeds_and_places_for_no_settings(tmp_path: Path) -> None:
-    lines = [saved_line(i, 1, 1) for i in range(4)]
-    save(tmp_path / "a", lines)
-    others = {"model__digest": "9" * 16, "data__path": "b", "generation__batch_rows": 1}
-    save(tmp_path / "b", lines, **others)
-    assert compare([tmp_path / "a", tmp_path / "b"])["comparisons"][0]["settings_differ"] == []
-
-
-def test_compare_refuses_one_id_in_two_rows(tmp_path: Path) -> None:
-    lines = [saved_line(i, 1, 1) for i in range(4)]
-    lines[3]["id"] = lines[0]["id"]
-    save(tmp_path / "a", lines)
-    save(tmp_path / "b", [saved_line(i, 1, 1) for i in range(4)])
-    for folders in (("a", "b"), ("b", "a")):
-        with pytest.raises(CompareError, match="0001 stands in two rows"):
-            compare([tmp_path / name for name in folders])
-
-
-# --- resuming -------------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +296,7 @@ def test_predictions_without_their_configuration_are_not_touched(tmp_path: Path)
     assert (tmp_path / "predictions.jsonl").read_text() == "{}\n"
 
 
-# --- running out of memory ------------------------------------------------------------------------
+# --- running out of memory -------------------------------------------------------------------------
 
 
 def test_out_of_memory_starts_over_with_half_the_sequences(
@@ -407,249 +337,7 @@ def test_lack_of_memory_is_recognised_behind_other_errors() -> None:
     assert as_memory_error(other, 8) is other
 
 
-# --- models ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def omni(tmp_path: Path, random_stand_in: Path) -> Path:
-    """A stand-in's folder that a test may damage."""
-    folder = tmp_path / "model"
-    shutil.copytree(random_stand_in, folder)
-    return folder
-
-
-def drop_weights(folder: Path, *prefixes: str) -> None:
-    """Rewrite the safetensors header without the tensors of some parts."""
-    path = folder / "model.safetensors"
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    kept = {name: entry for name, entry in header.items() if not name.startswith(prefixes)}
-    text = json.dumps(kept).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
-
-
-def test_a_complete_folder_opens_for_text_and_speech(omni: Path) -> None:
-    model = open_model(str(omni), speech=True)
-    assert model.is_omni and model.stand_in == "stand-in with random weights"
-    digest = model.digest
-    weights = bytearray((omni / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (omni / "model.safetensors").write_bytes(weights)
-    assert open_model(str(omni)).digest != digest
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("tokenizer.json", r"tokenizer\.json \(or vocab\.json"),
-        ("*processor_config.json", "preprocessor_config"),
-        ("model.safetensors", r"model\.safetensors \(or its index"),
-        ("spk_dict.pt", "voices"),
-        ("config.json", "no config.json"),
-    ],
-)
-def test_missing_files_of_a_model_are_named(omni: Path, name: str, message: str) -> None:
-    for path in omni.glob(name):
-        path.unlink()
-    with pytest.raises(ModelError, match=message):
-        open_model(str(omni), speech=True)
-
-
-def test_a_missing_shard_is_named(omni: Path) -> None:
-    (omni / "model.safetensors").unlink()
-    table = {"thinker.a": "model-00001-of-00002.safetensors", "talker.b": "model-2.safetensors"}
-    (omni / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-    with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors; model-2"):
-        open_model(str(omni))
-
-
-def test_a_cut_weight_file_is_told(omni: Path) -> None:
-    data = (omni / "model.safetensors").read_bytes()
-    (omni / "model.safetensors").write_bytes(data[:100])
-    with pytest.raises(ModelError, match="cut short"):
-        open_model(str(omni))
-
-
-def test_a_folder_without_talker_writes_but_does_not_speak(omni: Path) -> None:
-    drop_weights(omni, "talker.", "token2wav.")
-    assert open_model(str(omni)).is_omni
-    with pytest.raises(ModelError, match=r"talker\.\*.*token2wav\.\*"):
-        open_model(str(omni), speech=True)
-
-
-def test_a_thinker_alone_is_explained_and_the_export_named(omni: Path) -> None:
-    config = json.loads((omni / "config.json").read_text())
-    (omni / "config.json").write_text(json.dumps(config["thinker_config"]))
-    with pytest.raises(ModelError, match=r"thinker alone.*soundmind\.export"):
-        open_model(str(omni))
-
-
-def test_thinker_weights_under_a_complete_configuration_are_explained_too(omni: Path) -> None:
-    drop_weights(omni, "thinker.", "talker.", "token2wav.")
-    drop = {"audio_tower.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
-    text = json.dumps(drop).encode()
-    (omni / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b" ")
-    with pytest.raises(ModelError, match=r"soundmind\.export"):
-        open_model(str(omni))
-
-
-def test_a_training_checkpoint_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "actor").mkdir()
-    with pytest.raises(ModelError, match=r"training checkpoint.*soundmind\.export"):
-        open_model(str(tmp_path))
-
-
-def test_unknown_models_get_the_list_of_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelError, match="no adapter for model type 'llama'") as error:
-        open_model(str(tmp_path))
-    assert all(adapter.name in str(error.value) for adapter in ADAPTERS.values())
-    assert known_models() in str(error.value)
-
-
-def test_no_model_and_no_hub_are_plain_messages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ModelError, match="no such folder, and not a Hub id"):
-        open_model(str(tmp_path / "nowhere"))
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(ModelError, match=r"cannot be reached.*hf download"):
-        open_model("nobody-here/no-model-9f2")
-
-
-def test_speech_of_another_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
-    with pytest.raises(ModelError, match="Qwen2-Audio; use --output-modality text"):
-        open_model(str(tmp_path), speech=True)
-
-
-def test_placeholders_are_those_of_the_installed_vllm() -> None:
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("vLLM is not installed")
-    folder = Path(found.submodule_search_locations[0]) / "model_executor/models"
-    files = {
-        "qwen2_5_omni": "qwen2_5_omni_thinker",
-        "qwen3_omni_moe": "qwen3_omni_moe_thinker",
-        "gemma3n": "gemma3n_mm",
-    }
-    for key, adapter in ADAPTERS.items():
-        source = (folder / f"{files.get(key, key)}.py").read_text()
-        text = adapter.placeholder.replace("Audio 1: ", "").replace("\n", "")
-        assert text in source or text.replace("1", "{i}") in source, key
-
-
-def test_other_models_get_plain_strings_with_their_own_placeholder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
-    model = open_model(str(tmp_path))
-
-    class Template:
-        def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-            return json.dumps(messages)
-
-    messages = [
-        {"role": "system", "content": [{"type": "text", "text": "You are Qwen."}]},
-        {
-            "role": "user",
-            "content": [{"type": "audio", "audio": "x.wav"}, {"type": "text", "text": "Think."}],
-        },
-    ]
-    rendered = json.loads(render(model, Template(), messages))
-    text = "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\nThink."
-    assert rendered == [{"role": "user", "content": text}]
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def parquet(make_github: Callable[..., Path]) -> Path:
-    """Four prepared rows with clips, in audio mode."""
-    root = make_github({"test": 4})
-    command = [sys.executable, "-m", "soundmind.preprocess", "--mode", "audio", "--splits", "test"]
-    subprocess.run(
-        [*command, "--data-dir", str(root), "--output-dir", str(root / "parquet")],
-        check=True,
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        capture_output=True,
-    )
-    return root / "parquet/audio/test.parquet"
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    table = pq.read_table(path)
-    rows = table.to_pylist()
-    for row in rows:
-        change(row)
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
-
-
-def test_examples_carry_what_preprocessing_measured(parquet: Path) -> None:
-    examples = read_examples(parquet, limit=3)
-    assert [example.index for example in examples] == [0, 1, 2]
-    assert all(example.clip_file() and example.info["audio_tokens"] > 0 for example in examples)
-    assert examples[0].question == ""  # heard, not read
-
-
-def test_a_clip_that_has_gone_is_a_row_and_not_an_end(parquet: Path) -> None:
-    clip = read_examples(parquet)[0].clip_file()
-    assert clip is not None
-    Path(clip).unlink()
-    assert len(read_examples(parquet)) == 4
-
-
-def test_a_folder_without_any_of_its_clips_is_refused(parquet: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Move the data folder.*--audio-root"):
-        read_examples(parquet, root=str(tmp_path / "elsewhere"))
-
-
-def test_other_files_and_layouts_are_refused(parquet: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"not found.*soundmind\.preprocess"):
-        read_examples(tmp_path / "nowhere.parquet")
-    text = tmp_path / "x.parquet"
-    text.write_text("not Parquet at all")
-    with pytest.raises(DataError, match="no Parquet file"):
-        read_examples(text)
-    other = tmp_path / "other.parquet"
-    pq.write_table(pa.table({"prompt": ["a"], "answer": ["b"]}), other)
-    with pytest.raises(DataError, match="no column data_source, reward_model"):
-        read_examples(other)
-    columns = {name: ["x"] for name in ("data_source", "prompt", "reward_model", "extra_info")}
-    pq.write_table(pa.table({**columns, "audio": [{"path": "x"}]}), other)
-    with pytest.raises(DataError, match="another layout"):
-        read_examples(other)
-
-
-def test_mixed_and_unknown_modes_are_refused(parquet: Path) -> None:
-    rewrite(parquet, lambda row: row["extra_info"].update(mode="video"))
-    with pytest.raises(DataError, match="mode 'video' is none of"):
-        read_examples(parquet)
-    rewrite(
-        parquet,
-        lambda row: row["extra_info"].update(mode="text" if row["extra_info"]["index"] else "dual"),
-    )
-    with pytest.raises(DataError, match="mixes the modes dual, text"):
-        read_examples(parquet)
-
-
-def test_other_verdicts_are_refused(parquet: Path) -> None:
-    rewrite(parquet, lambda row: row["reward_model"].update(ground_truth="B"))
-    with pytest.raises(DataError, match="ground truth 'B'"):
-        read_examples(parquet)
-
-
-# --- command line ---------------------------------------------------------------------------------
-
-
-def test_bad_input_ends_with_status_2_and_one_line(
-    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status = soundmind_evaluate.main(["--model", str(tmp_path / "nowhere"), "--data", str(parquet)])
-    error = capsys.readouterr().err
-    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+# --- command line ----------------------------------------------------------------------------------
 
 
 def test_the_default_folder_tells_settings_apart(tmp_path: Path) -> None:

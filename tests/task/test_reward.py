@@ -1,7 +1,5 @@
 """Claims about what a response earns; the degenerate ones are the tables of docs/rewards.md."""
 
-import itertools
-import json
 import logging
 import subprocess
 import sys
@@ -10,14 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import degenerate
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from soundmind import rewards as rewards_door
-from soundmind.task import guards, rescore, reward
+from soundmind.task import reward
 from soundmind.task.labels import ENTAILED, NOT_ENTAILED, VERDICTS, LabelSet, answer_line
 from soundmind.task.reward import COMPONENTS, PRESETS, compute_score, max_score, resolve
 
@@ -358,102 +354,6 @@ def test_a_label_set_can_come_from_a_module(plugin_module: Any) -> None:
     assert grade("<think>a</think> Answer: barking", "dog", labels=labels)["answer"] == 1.0
 
 
-# --- guards
-
-
-def test_guards_leave_an_honest_answer_of_natural_length_alone() -> None:
-    for truth in VERDICTS:
-        honest = degenerate.honest(ENTAILED)
-        paper, guarded = (degenerate.earned(honest, truth, p) for p in ("paper", "guarded"))
-        assert guarded["score"] == paper["score"]
-
-
-def test_guarded_adds_one_key_and_charges_for_no_verdict() -> None:
-    result = grade("hello", row={}, preset="guarded")
-    assert list(result) == [*KEYS[:6], "no_verdict", *KEYS[6:]]
-    assert result["score"] == -0.25 and max_score(preset="guarded") == 4.0
-
-
-def test_repeating_half_the_reasoning_earns_half_the_length() -> None:
-    half = degenerate.REASONING[: len(degenerate.REASONING) // 2]
-    once, twice = (
-        degenerate.earned(degenerate.think(text), NOT_ENTAILED, "guarded")["text_length"]
-        for text in (half, f"{half} {half}")
-    )
-    assert twice <= 1.3 * once  # type: ignore[operator]
-
-
-def test_over_length_tapers_between_two_and_four_references() -> None:
-    lengths = [
-        grade(RIGHT, row={"reference_tokens": 10, "response_tokens": n}, preset="guarded")
-        for n in (10, 20, 30, 40, 100)
-    ]
-    assert [result["text_length"] for result in lengths] == [1.0, 1.0, 0.5, 0.0, 0.0]
-
-
-def test_novelty_is_read_by_character_where_there_are_no_words() -> None:
-    assert guards.novelty("a" * 5000) < 0.01
-    assert guards.novelty("\u7532\u4e59\u4e19\u4e01\u620a\u5df1\u5e9a\u8f9b\u58ec\u7678") == 1.0
-    assert guards.novelty("") == guards.novelty("one two three") == 1.0
-
-
-def test_novelty_factor_is_continuous_and_never_falls() -> None:
-    factors = [guards.novelty_factor(i / 1000) for i in range(1001)]
-    steps = [b - a for a, b in itertools.pairwise(factors)]
-    assert factors[0] == 0.0 and factors[-1] == 1.0 and min(steps) >= 0.0 and max(steps) < 0.01
-
-
-# --- degenerate responses
-
-
-def test_there_are_forty_degenerate_responses_or_more() -> None:
-    assert len({case.response for case in degenerate.RESPONSES}) == len(degenerate.RESPONSES) >= 40
-
-
-@pytest.mark.parametrize("case", degenerate.RESPONSES, ids=lambda case: case.what)
-def test_no_degenerate_response_earns_the_answer(case: degenerate.Degenerate) -> None:
-    for preset in PRESETS:
-        for truth in VERDICTS:
-            result = degenerate.earned(case.response, truth, preset)
-            assert result["answer"] == 0.0 and result["text_format"] == 0.0
-
-
-@pytest.mark.parametrize(
-    "case", (*degenerate.RESPONSES, *degenerate.SHELLS), ids=lambda case: case.what
-)
-def test_under_guards_none_outscores_an_honest_wrong_answer(case: degenerate.Degenerate) -> None:
-    honest = degenerate.earned(degenerate.honest(ENTAILED), NOT_ENTAILED, "guarded")["score"]
-    wrong = [NOT_ENTAILED] if case in degenerate.SHELLS else VERDICTS
-    for truth in wrong:
-        assert degenerate.earned(case.response, truth, "guarded")["score"] <= honest  # type: ignore[operator]
-
-
-def test_under_guards_a_loop_earns_no_answer_even_if_it_guesses_right() -> None:
-    loops = [c for c in degenerate.SHELLS if "to the reference" in c.what or "over" in c.what]
-    loops = [c for c in loops if "random" not in c.what]
-    assert len(loops) == 3
-    for case in loops:
-        assert degenerate.earned(case.response, ENTAILED, "paper")["answer"] == 1.0
-        assert degenerate.earned(case.response, ENTAILED, "guarded")["answer"] == 0.0
-
-
-def test_the_page_shows_what_degenerate_responses_earn() -> None:
-    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
-    assert degenerate.page_block() in page, (
-        "docs/rewards.md is stale: python benchmarks/degenerate.py --write docs/rewards.md"
-    )
-
-
-def test_writing_the_page_replaces_only_what_is_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{degenerate.BEGIN}\nold\n{degenerate.END}\nbelow\n")
-    degenerate.write_page(page)
-    assert page.read_text() == f"above\n{degenerate.page_block()}\nbelow\n"
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="no lines"):
-        degenerate.write_page(page)
-
-
 # --- properties
 
 
@@ -544,109 +444,3 @@ def test_importing_the_reward_needs_the_standard_library_alone() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
-
-
-# --- saved responses
-
-
-def save(path: Path, *lines: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_verls_dump_is_scored_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dump = {"input": "?", "output": RIGHT, "gts": ENTAILED, "score": 1.0, "step": 3}
-    row = {"reference_tokens": 20, "response_tokens": 10}
-    path = save(tmp_path / "3.jsonl", {**dump, **row}, {**dump, **row, "gts": NOT_ENTAILED})
-    assert rewards_door.main([str(path)]) == 0
-    table = capsys.readouterr().out
-    assert "2 responses, preset paper" in table
-    assert ["answer", "2.00", "0.5000", "1", "0", "1"] in [
-        line.split() for line in table.split("\n")
-    ]
-    assert "text_length         1.00   0.5000       0       2       0" in table
-    assert "2 of 2 lines differ now" in table and "tokens 2" in table
-
-
-def test_predictions_with_a_label_are_scored_again(tmp_path: Path) -> None:
-    path = save(
-        tmp_path / "predictions.jsonl",
-        {"response": RIGHT, "label": 1, "extra_info": {**ROW}},
-        {"response": RIGHT, "ground_truth": NOT_ENTAILED, "response_tokens": -1},
-    )
-    first, second = rescore.rescore(rescore.read_saved(path))
-    assert (first["score"], second["score"]) == (4.0, 1.0)
-    assert "score_before" not in first
-
-
-def test_a_dump_without_reference_lengths_gets_its_length_credit_back(tmp_path: Path) -> None:
-    saved = [
-        grade(RIGHT, row={"reference_tokens": n, "response_tokens": 10}) for n in (5, 10, 17, 40)
-    ]
-    path = save(tmp_path / "1.jsonl", *({"output": RIGHT, "gts": ENTAILED, **s} for s in saved))
-    again = rescore.rescore(rescore.read_saved(path))
-    assert [a["score"] for a in again] == pytest.approx([s["score"] for s in saved])
-    other = rescore.rescore(rescore.read_saved(path), preset="no_answer_reward")
-    assert [a["score"] for a in other] == pytest.approx([s["score"] - 2.0 for s in saved])
-
-
-def test_length_credit_of_a_guarded_run_is_not_taken_for_a_length(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved = grade(RIGHT, row={"reference_tokens": 10, "response_tokens": 30}, preset="guarded")
-    path = save(tmp_path / "1.jsonl", {"output": RIGHT, "gts": ENTAILED, **saved})
-    assert rescore.rescore(rescore.read_saved(path))[0]["score"] == 3.0
-    assert rewards_door.main([str(path)]) == 0
-    assert "1 of 1 lines lose text_length" in capsys.readouterr().out
-
-
-def test_rescoring_takes_preset_labels_and_config(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = save(
-        tmp_path / "p.jsonl",
-        {"response": "<think>a</think> Answer: B", "ground_truth": "B", "data_source": "mcq"},
-        {"response": "<think>a</think> Answer: C", "label": 0, "data_source": "other"},
-    )
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        "reward:\n  custom_reward_function:\n    reward_kwargs:\n      weights: {answer: 7}\n"
-    )
-    arguments = [str(path), "--config", str(config), "--labels", "A,B,C", "--preset", "guarded"]
-    assert rewards_door.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 0
-    table = capsys.readouterr().out
-    assert "1 responses of mcq, preset guarded, labels A/B/C" in table and "of other" in table
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["score"] for line in lines] == [8.0, 1.0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "p.jsonl", "run.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no responses in it"),
-        ("{}\n", r"bad.jsonl:1: needs the response under 'output' or 'response'"),
-        ("\n[1]\n", "bad.jsonl:2: a JSON object is wanted, found list"),
-        ("{\n", "bad.jsonl:1: not a JSON line"),
-        ('{"response": "x", "label": 2}\n', "label 2 is not an index"),
-    ],
-)
-def test_unreadable_input_is_named_with_its_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
-) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(text)
-    assert rewards_door.main([str(path)]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_command_line_runs_as_documented(tmp_path: Path) -> None:
-    path = save(tmp_path / "p.jsonl", {"response": RIGHT, "label": 1, **ROW})
-    run = subprocess.run(
-        [sys.executable, "-m", "soundmind.rewards", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "acc 1.0000 1 of 1" in " ".join(run.stdout.split()) and run.stderr == ""
