@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-FAULTS_SHOWN = 10  # lines that were passed over
+LINES_SHOWN = 10  # of those that were passed over
 
 
 @command
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    for fault in faults[:FAULTS_SHOWN]:
+    for fault in faults[:LINES_SHOWN]:
         print(fault, file=sys.stderr)
     if not graded:
         print(f"{options.files[0]}: no responses in it", file=sys.stderr)
