@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from soundmind.model.folder import tensor_shapes
+from soundmind.model.folder import tensor_shapes, weight_files
 from soundmind.model.parts import THINKER_PREFIX
 from soundmind.system.errors import UserError
 from soundmind.system.files import write_text
@@ -153,7 +153,7 @@ def weights_fingerprint(base: Path) -> str:
     files does not. Raises `WeightFileError` for a file that is cut short.
     """
     found: dict[str, bytes] = {}
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         tensor_shapes(path)  # complains about a damaged file
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soundmind.model import checkpoints, lora
-from soundmind.model.folder import folder_shapes, weight_faults
+from soundmind.model.folder import folder_shapes, weight_faults, weight_files
 from soundmind.model.parts import NOT_LOADED, THINKER_PREFIX, part_of
 from soundmind.system.errors import UserError
 from soundmind.system.files import replace_folder
@@ -204,7 +204,7 @@ def _write_weights(base: Path, output: Path, trained: TrainedWeights) -> int:
     matrices = trained.matrices
     scale = lora.scale_of(trained.settings) if matrices else 0.0
     used = 0
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         tensors: dict[str, torch.Tensor] = {}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()

@@ -17,9 +17,7 @@ from pathlib import Path
 from soundmind.system.errors import UserError
 from soundmind.system.hub import hub_is_reachable, is_hub_id
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
-
-
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -43,6 +41,8 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             )
             raise WeightFileError(f"{file} ({size} bytes) is {kind}")
         text = handle.read(length)
+    if len(text) < length:
+        raise WeightFileError(f"{file} ({size} bytes) is cut short, within its header")
     try:
         header = json.loads(text)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -58,22 +58,57 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, there or not: those its index names, else the single one.
+
+    What lies beside them, as shards of an earlier download do, belongs to no model.
+    """
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return [folder / WEIGHTS]
+    try:
+        placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted(set(placed.values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightFileError(f"{index} cannot be read ({error})") from error
+
+
 def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of every *.safetensors file of `folder`; see `tensor_shapes`."""
+    """Tensor names and shapes of the weight files of `folder`; see `tensor_shapes`."""
     found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         found.update(tensor_shapes(file))
     return found
 
 
 def weight_faults(folder: Path) -> list[str]:
     """What is missing or damaged among the weights of `folder`; empty for a complete folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return [f"{folder} has no *.safetensors weights"]
+    index, single = folder / WEIGHTS_INDEX, folder / WEIGHTS
+    if not index.is_file() and not single.is_file():
+        shards = list(folder.glob("model-*.safetensors"))
+        if shards:
+            return [
+                f"{folder} has {len(shards)} shards and no {WEIGHTS_INDEX} that says what is in them"
+            ]
+        if (folder / "adapter_model.safetensors").is_file():
+            return [
+                f"{folder} is a LoRA adapter; name its base, and the adapter in lora_adapter_path"
+            ]
+        return [f"{folder} has no *.safetensors weights: no {WEIGHTS} (or its index and shards)"]
+    try:
+        files = weight_files(folder)
+    except WeightFileError as error:
+        return [str(error)]
     faults: list[str] = []
+    if single.is_file() and single not in files:
+        # transformers would load the one, vLLM the others.
+        faults.append(
+            f"{single} lies beside {WEIGHTS_INDEX}, which does not name it; remove one of them"
+        )
     found: dict[str, set[str]] = {}
     for file in files:
+        if not file.is_file():
+            continue
         try:
             found[file.name] = set(tensor_shapes(file))
         except WeightFileError as error:
@@ -82,13 +117,9 @@ def weight_faults(folder: Path) -> list[str]:
     damaged = {name for name, names in found.items() if not names}
     partial = [*folder.glob("*.incomplete"), *folder.glob(".cache/huggingface/**/*.incomplete")]
     faults += [f"{path} is a download that has not ended" for path in sorted(partial)]
-    index = folder / WEIGHTS_INDEX
     if not index.is_file():
         return faults
-    try:
-        placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        return [*faults, f"{index} cannot be read ({error})"]
+    placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     for name in sorted(set(placed.values()) - set(found)):
         count = sum(file == name for file in placed.values())
         faults.append(f"{folder / name} is missing ({count} tensors of {WEIGHTS_INDEX} lie in it)")
@@ -142,8 +173,9 @@ def check_omni_folder(folder: Path, *, speech: bool) -> None:
         missing.append("tokenizer_config.json")
     if not has & {"preprocessor_config.json", "processor_config.json"}:
         missing.append("preprocessor_config.json")
-    names, absent = weight_names(folder)
-    missing += absent
+    faults = weight_faults(folder)
+    missing += faults
+    names = set() if faults else set(folder_shapes(folder))
     prefixes = {name.partition(".")[0] for name in names}
     if names and "thinker" not in prefixes:
         raise ModelError(thinker_only(folder))
@@ -167,26 +199,6 @@ def thinker_only(folder: Path) -> str:
         "vLLM cannot load it. `python -m soundmind.export CHECKPOINT --base BASE --output DIR` "
         "puts a trained thinker back into a complete Qwen2.5-Omni folder"
     )
-
-
-def weight_names(folder: Path) -> tuple[set[str], list[str]]:
-    """Names of all tensors of a folder, and the weight files that should be there and are not."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        absent = [name for name in sorted(set(table.values())) if not (folder / name).is_file()]
-        return set(table), absent
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return set(), ["model.safetensors (or its index and shards)"]
-    with single.open("rb") as file:
-        prefix = file.read(8)
-        size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        header = file.read(size) if size < single.stat().st_size else b""
-    try:
-        return set(json.loads(header)) - {"__metadata__"}, []
-    except ValueError:
-        return set(), ["model.safetensors (what is there is cut short)"]
 
 
 def start_note(model: Path) -> str | None:

@@ -8,6 +8,7 @@ verl imports the entry point's object and never calls it, hence the work at impo
 
 from __future__ import annotations
 
+from soundmind.model.processor import quiet_published_ids
 from soundmind.plugin import patches
 from soundmind.plugin.environment import is_cpu_platform, is_selected
 
@@ -25,6 +26,7 @@ def load() -> None:
 
         patches.gloo_process_group()
         patches.vectorised_logprobs()
+    quiet_published_ids()
     patches.true_length_features()
     patches.omni_token_builder()
     LOADED = True

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 
+from soundmind.model.processor import quiet_published_ids
 from soundmind.plugin.environment import is_cpu_platform, is_selected
 
 PARENT_CHECK_SECONDS = 2.0
@@ -23,6 +24,7 @@ def register() -> None:
     """Entry point."""
     if not is_selected():
         return
+    quiet_published_ids()
     if is_cpu_platform():
         from soundmind.plugin import patches
 

@@ -71,10 +71,10 @@ class OmniModelConfig(HFModelConfig):
                 "that drops the audio; set it to False."
             )
         self.processor = load_processor(
-            self.local_tokenizer_path or self.local_path, trust_remote_code=self.trust_remote_code
+            self.local_tokenizer_path or self.local_path,
+            trust_remote_code=self.trust_remote_code,
+            chat_template=self.custom_chat_template,
         )
-        if self.custom_chat_template is not None:
-            self.processor.chat_template = self.custom_chat_template
         # Read by verl where it would handle images and videos; this policy sees neither.
         to_id = self.processor.tokenizer.convert_tokens_to_ids
         self.processor.image_token_id = to_id(self.processor.image_token)

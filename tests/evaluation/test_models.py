@@ -25,14 +25,12 @@ def omni(tmp_path: Path, random_stand_in: Path) -> Path:
 
 
 def drop_weights(folder: Path, *prefixes: str) -> None:
-    """Rewrite the safetensors header without the tensors of some parts."""
+    """Write the weights again without tensors of these prefixes."""
+    from safetensors.torch import load_file, save_file
+
     path = folder / "model.safetensors"
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    kept = {name: entry for name, entry in header.items() if not name.startswith(prefixes)}
-    text = json.dumps(kept).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    tensors = {n: t for n, t in load_file(path).items() if not n.startswith(prefixes)}
+    save_file(tensors, path, {"format": "pt"})
 
 
 def test_a_complete_folder_opens_for_text_and_speech(omni: Path) -> None:
@@ -66,7 +64,7 @@ def test_a_missing_shard_is_named(omni: Path) -> None:
     (omni / "model.safetensors").unlink()
     table = {"thinker.a": "model-00001-of-00002.safetensors", "talker.b": "model-2.safetensors"}
     (omni / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-    with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors; model-2"):
+    with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors is missing.*model-2"):
         open_model(str(omni))
 
 
