@@ -104,8 +104,11 @@ def test_a_kill_in_each_stage_changes_nothing_and_nothing_answered_is_asked_agai
         assert len(running.bodies) <= asked_whole + 4  # those under way when it was killed
     assert contents(output) == contents(tmp_path / "whole")
     report = json.loads((output / "report.json").read_text())
+    asked_twice = len(running.bodies) - len({h["Idempotency-Key"] for h in running.headers})
     lost = report["stages"]["reasoning"]["spent"]["lost"]
-    assert lost == len(running.bodies) - len({h["Idempotency-Key"] for h in running.headers})
+    assert (
+        asked_twice <= lost <= 4
+    )  # noted before it is sent: nothing that may be paid is forgotten
 
 
 def whole_lines(path: Path) -> list[bytes]:

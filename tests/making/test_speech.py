@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +174,8 @@ def test_a_command_that_misbehaves_is_a_fault_of_its_clip(
 ) -> None:
     monkeypatch.setattr(engines, "LARGEST_FILE", 4 << 20)
     timeout = 1.0 if fault == "timeout" else 30.0
-    started = time.monotonic()
     entry = make(Command(script(tmp_path, code), timeout), tmp_path, [TEXT], "nobody")[0]
     assert entry["fault"] == fault and detail in entry["detail"]
-    assert time.monotonic() - started < 25  # its process is gone, too: the folder could be removed
 
 
 @pytest.mark.parametrize("template", ["", "no-such-program {output}", "ls", "ls {output} 'open"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scripted_server import ENDLESS, ScriptedServer, completion
 
+from soundmind.system import chat
 from soundmind.system.chat import (
     Budget,
     BudgetReached,
@@ -55,16 +58,31 @@ def test_answers_come_in_the_order_of_the_questions_with_tokens_and_model() -> N
     assert {(a.model, a.prompt_tokens, a.completion_tokens) for a in answers} == {("m", 100, 2)}
 
 
-def test_no_more_requests_are_under_way_than_allowed() -> None:
-    with ScriptedServer(echo, seconds=0.05) as server:
+def test_as_many_requests_as_allowed_are_under_way_and_no_more() -> None:
+    three_at_once = threading.Barrier(3, timeout=30)
+
+    def reply(body: dict[str, Any]) -> str:
+        three_at_once.wait()
+        return echo(body)
+
+    with ScriptedServer(reply) as server:
         ask(server, [str(i) for i in range(12)], concurrency=3)
         assert server.most_at_once == 3
 
 
-def test_requests_keep_their_distance_under_a_rate() -> None:
+def test_requests_keep_their_distance_under_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
     with ScriptedServer(echo) as server:
-        ask(server, [str(i) for i in range(6)], per_minute=1200)  # one in 50 ms
-    assert server.starts[-1] - server.starts[0] > 5 * 0.05 - 0.04
+        monkeypatch.setattr(chat, "time", SimpleNamespace(monotonic=lambda: 100.0))
+        monkeypatch.setattr(chat.asyncio, "sleep", note)
+        ask(server, [str(i) for i in range(5)], per_minute=1200)
+    assert pauses == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
