@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from soundmind.task.labels import VERDICTS, answer_line
-from soundmind.task.reward import PRESETS, compute_score
+from soundmind.task.reward import compute_score
+from soundmind.task.reward_settings import PRESETS
 
 TARGET_THROUGHPUT = 20_000  # responses per second
 TARGET_WORST = 0.050  # seconds of CPU time for a megabyte

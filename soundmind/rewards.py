@@ -23,7 +23,8 @@ from soundmind.system.errors import command
 from soundmind.system.files import replacing
 from soundmind.task.labels import LabelSet
 from soundmind.task.rescore import component_table, read_saved, rescore
-from soundmind.task.reward import PRESETS, compute_score, resolve
+from soundmind.task.reward import compute_score
+from soundmind.task.reward_settings import PRESETS, resolve
 
 __all__ = ["LabelSet", "compute_score", "main"]  # documented names, handed on
 

@@ -21,7 +21,8 @@ from soundmind.evaluation.transcripts import saved_normaliser
 from soundmind.system.files import replacing
 from soundmind.task.labels import label_of
 from soundmind.task.lenient import read_leniently
-from soundmind.task.reward import COMPONENTS, ROW_KEYS, compute_score
+from soundmind.task.reward import ROW_KEYS, compute_score
+from soundmind.task.reward_settings import COMPONENTS
 from soundmind.task.schema import DATA_SOURCES
 
 

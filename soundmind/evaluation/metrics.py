@@ -25,7 +25,7 @@ import numpy as np
 
 from soundmind.evaluation.intervals import Metric, clustered_interval, rate, spread
 from soundmind.task.labels import VERDICTS
-from soundmind.task.reward import COMPONENTS
+from soundmind.task.reward_settings import COMPONENTS
 
 NO_VERDICT = "none"  # column of the confusion matrix for responses without a readable verdict
 NUM_BINS = 4  # of equal size, for durations and lengths

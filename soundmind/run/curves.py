@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soundmind.task.reward import COMPONENTS
+from soundmind.task.reward_settings import COMPONENTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -40,7 +40,7 @@ def ground_truths(config: DictConfig) -> Iterator[str]:
     import pyarrow.compute as compute
     import pyarrow.parquet as parquet
 
-    from soundmind.task.reward import resolve
+    from soundmind.task.reward_settings import resolve
 
     function = config.reward.custom_reward_function
     if function.path != "pkg://soundmind.rewards":

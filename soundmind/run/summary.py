@@ -16,7 +16,7 @@ from soundmind.run.curves import draw_curves
 from soundmind.run.folder import RunFolder
 from soundmind.run.records import CORRELATION, Validation, read_metrics, read_validations
 from soundmind.system.files import write_json
-from soundmind.task.reward import COMPONENTS
+from soundmind.task.reward_settings import COMPONENTS
 
 
 def mcnemar(before: Validation, after: Validation) -> dict[str, Any]:

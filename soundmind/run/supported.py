@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from soundmind.planning.rules import GROUPED
-from soundmind.task.reward import RATE_KEYS, component_names
+from soundmind.task.reward_settings import RATE_KEYS, component_names
 
 ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
 ROLLOUT, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.model"

@@ -23,14 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from soundmind.task.labels import ENTAILMENT, LabelSet
-from soundmind.task.reward import (
-    RATE_KEYS,
-    ROW_KEYS,
-    Reward,
-    compute_score,
-    length_ratio,
-    quantity,
-)
+from soundmind.task.reward import ROW_KEYS, compute_score, length_ratio, quantity
+from soundmind.task.reward_settings import RATE_KEYS, Reward
 
 
 def read_saved(

@@ -17,7 +17,7 @@ from processes import REPOSITORY, clean_environment
 pytest.importorskip("verl")
 
 from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config, config_names
-from soundmind.task.reward import resolve
+from soundmind.task.reward_settings import resolve
 
 STAND_IN = "grpo_tiny_cpu"
 PUBLISHED = [name for name in config_names() if name != STAND_IN]

@@ -141,7 +141,7 @@ def test_a_resumed_run_has_every_step_exactly_once(run: dict[str, Any]) -> None:
 
 
 def test_every_step_logs_components_lengths_kl_agreement_and_timings(run: dict[str, Any]) -> None:
-    from soundmind.task.reward import COMPONENTS
+    from soundmind.task.reward_settings import COMPONENTS
 
     wanted = [f"reward/{name}/mean" for name in (*COMPONENTS, "accuracy", "parsed")]
     wanted += ["response_length/mean", "actor/kl_loss", "actor/grad_norm", "timing_s/step"]

@@ -14,7 +14,7 @@ from soundmind.report import main
 from soundmind.run.curves import draw_curves
 from soundmind.run.records import Validation, read_metrics
 from soundmind.run.summary import mcnemar, summarise_run
-from soundmind.task.reward import COMPONENTS
+from soundmind.task.reward_settings import COMPONENTS
 
 
 def answers(correct: list[bool], mode: str = "") -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from soundmind.task import guards, reward
 from soundmind.task.labels import ENTAILED, NOT_ENTAILED, VERDICTS
-from soundmind.task.reward import COMPONENTS, PRESETS, compute_score, max_score
+from soundmind.task.reward import compute_score
+from soundmind.task.reward_settings import COMPONENTS, PRESETS, max_score
 
 ROOT = Path(__file__).resolve().parents[2]
 RIGHT = "<think>one two three</think>\nAnswer: entailed"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from soundmind import rewards as rewards_door
 from soundmind.task import rescore, reward
 from soundmind.task.labels import ENTAILED, NOT_ENTAILED
-from soundmind.task.reward import COMPONENTS, compute_score
+from soundmind.task.reward import compute_score
+from soundmind.task.reward_settings import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 RIGHT = "<think>one two three</think>\nAnswer: entailed"

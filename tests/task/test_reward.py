@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from soundmind.task import reward
+from soundmind.task import reward, reward_settings
 from soundmind.task.labels import ENTAILED, NOT_ENTAILED, VERDICTS, LabelSet, answer_line
-from soundmind.task.reward import COMPONENTS, PRESETS, compute_score, max_score, resolve
+from soundmind.task.reward import compute_score
+from soundmind.task.reward_settings import COMPONENTS, PRESETS, max_score, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 RIGHT = "<think>one two three</think>\nAnswer: entailed"
@@ -291,7 +292,7 @@ def test_a_plugged_in_component_is_summed_and_returned(plugin_module: Any) -> No
     entry = {"name": "brevity", "path": f"pkg://{plugin_module.__name__}", "weight": 0.5}
     result = grade(RIGHT, row={**ROW, "limit": 100}, components=[entry])
     assert result["score"] == 4.5 and result["brevity"] == 1.0
-    assert reward.component_names(components=[entry]) == (*COMPONENTS, "brevity")
+    assert reward_settings.component_names(components=[entry]) == (*COMPONENTS, "brevity")
     assert max_score(components=[entry]) == 4.5
 
 

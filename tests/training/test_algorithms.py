@@ -25,7 +25,8 @@ from soundmind import preprocess
 from soundmind.run.config import CONFIG_DIR, ConfigError, compose_config
 from soundmind.run.supported import unsupported
 from soundmind.task.length_rules import overlong
-from soundmind.task.reward import compute_score, resolve
+from soundmind.task.reward import compute_score
+from soundmind.task.reward_settings import resolve
 from soundmind.training.algorithms import RecipeTrainer, add_components, groups_without_signal
 
 WORDS = {
