@@ -38,6 +38,7 @@ which reads JSON lines (verl's dumps or our predictions) and prints the componen
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -281,22 +282,8 @@ _last: tuple[dict[str, Any], Reward] | None = None
 
 
 def _resolve_cached(kwargs: dict[str, Any]) -> Reward:
-    """`resolve`, at the cost of a few comparisons when verl sends the same objects again.
-
-    OmegaConf containers are slow to walk and verl passes the very same ones each time, so they are
-    compared by identity. Plain dicts and lists are cheap to walk and could have been changed.
-    """
+    """`resolve`, at the cost of a comparison when the settings are those of the last response."""
     global _last
-    last = _last
-    if (
-        last is not None
-        and len(kwargs) == len(last[0])
-        and all(
-            value is last[0].get(key, last) and not isinstance(value, (dict, list))
-            for key, value in kwargs.items()
-        )
-    ):
-        return last[1]
-    reward = resolve(**kwargs)
-    _last = (dict(kwargs), reward)
-    return reward
+    if _last is None or kwargs != _last[0]:
+        _last = (copy.deepcopy(kwargs), resolve(**kwargs))
+    return _last[1]

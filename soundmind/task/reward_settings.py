@@ -97,7 +97,7 @@ def resolve(**reward_kwargs: Any) -> Reward:
     Takes `reward_kwargs` of the YAML as plain or OmegaConf containers. A trainer calls this before
     a run, so that a misspelt weight stops it at once and not in a worker.
     """
-    return _build(_freeze({k: v for k, v in reward_kwargs.items() if k not in _VERL_KWARGS}))
+    return _build(_plain({k: v for k, v in reward_kwargs.items() if k not in _VERL_KWARGS}))
 
 
 def component_names(**reward_kwargs: Any) -> tuple[str, ...]:
@@ -110,27 +110,16 @@ def max_score(has_speech: bool = False, **reward_kwargs: Any) -> float:
     return resolve(**reward_kwargs).maximum(has_speech)
 
 
-def _freeze(value: Any) -> Any:
-    """Nested containers, OmegaConf's included, as nested tuples that can be hashed."""
+def _plain(value: Any) -> Any:
+    """Nested containers, OmegaConf's included, as dicts and lists."""
     if isinstance(value, Mapping):
-        return ("mapping", tuple((str(key), _freeze(value[key])) for key in value))
+        return {str(key): _plain(value[key]) for key in value}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ("sequence", tuple(_freeze(item) for item in value))
+        return [_plain(item) for item in value]
     return value
 
 
-def _thaw(value: Any) -> Any:
-    if isinstance(value, tuple):
-        kind, items = value
-        if kind == "mapping":
-            return {key: _thaw(item) for key, item in items}
-        return [_thaw(item) for item in items]
-    return value
-
-
-@functools.lru_cache(maxsize=64)
-def _build(frozen: Any) -> Reward:
-    config: dict[str, Any] = _thaw(frozen)
+def _build(config: dict[str, Any]) -> Reward:
     unknown = sorted(set(config) - set(_CONFIG_KEYS))
     if unknown:
         raise ValueError(
