@@ -205,17 +205,17 @@ def training_moments(
     """The moments of a forward, backward and optimizer step of one micro-batch.
 
     `accumulated`: an earlier micro-batch has left its gradients. Yields one `Moment` per event that
-    can be the peak, in order.
+    can be the peak, in order. Everything is bytes on one rank, but for `positions` and `*_values`.
     """
-    size, compute = setup.size, setup.compute_bytes
-    text, audio = size.text, size.audio
-    weights = weight_shard_bytes(setup)
-    all_gradients = gradient_shard_bytes(setup)
-    states = {
-        "weights": weights,
-        "optimizer": 2 * all_gradients,
-        "inputs": _input_bytes(setup, batch),
-    }
+    text, audio, compute = setup.size.text, setup.size.audio, setup.compute_bytes
+    lora, backwards = setup.trained.lora_rank, trained_bytes(setup)
+    # Alive at every moment: shards of weights and of Adam's two moments, and the inputs.
+    weights, all_gradients = weight_shard_bytes(setup), gradient_shard_bytes(setup)
+    inputs = _input_bytes(setup, batch)
+    states = {"weights": weights, "optimizer": 2 * all_gradients, "inputs": inputs}
+
+    # What one layer of the ears saves: everything, or its input alone where it is computed again; a
+    # frozen tower saves nothing, and neither does its stem of two convolutions.
     positions = encoder_positions(audio, batch.clips)
     tower_backward = setup.trained.audio_tower or setup.trained.projector
     encoder_layer = encoder_layer_bytes(audio, positions, compute)
@@ -226,18 +226,20 @@ def training_moments(
     convolutions = convolution_bytes(audio, batch.clips, compute)
     stem = convolutions if setup.trained.audio_tower else 0
 
+    # What one decoder layer saves, and what stands around the stack.
     layer = decoder_layer_bytes(text, batch, compute, setup.flash)
     boundary = batch.tokens * text.hidden * compute
     saved_per_layer = boundary if setup.checkpointing else layer
-    head = _head_values(setup)
+    recomputed = layer if setup.checkpointing else 0
+    head = text.embedding_parameters
     rotary_and_mask = 0 if setup.flash else mask_values(batch)
     # Hidden states around the stack: embeddings, those with audio in place, and the last norm.
     around = batch.tokens * (norm_bytes(text.hidden, compute) + 2 * text.hidden * compute)
 
+    # Weights that FSDP gathers for the layer at work; trained values, whose gradients grow.
     layer_gather = _gathered(setup, text.layer_parameters)
-    layer_values = flops.lora_parameters(text, setup.trained.lora_rank) // text.layers
-    if not setup.trained.lora_rank:
-        layer_values = text.layer_parameters
+    adapters = flops.lora_parameters(text, lora) // text.layers
+    layer_values, head_values = (adapters, 0) if lora else (text.layer_parameters, head)
     encoder_gather = _gathered(setup, audio.layer_parameters)
 
     def moment(name: str, gradients: int, **parts: int) -> Moment:
@@ -246,22 +248,24 @@ def training_moments(
             kept += trained_weights(setup) * setup.reduce_bytes
         return Moment(name, {**states, "gradients": kept, **parts})
 
-    # Forward through the audio tower: the working set of one layer beside what is kept.
+    # 1. Forward through the ears: the working set of one layer beside what is kept.
     yield moment(
         "audio forward",
         0,
         audio_activations=stem + saved_per_encoder * audio.layers + encoder_layer + convolutions,
         gathered=encoder_gather,
     )
+    # 2. Forward through the language model, the ears' activations waiting for the backward pass.
     kept_audio = stem + saved_per_encoder * audio.layers
     kept_text = saved_per_layer * text.layers + around + rotary_and_mask
     yield moment(
         "text forward",
         0,
         audio_activations=kept_audio,
-        activations=kept_text + (layer if setup.checkpointing else 0),
+        activations=kept_text + recomputed,
         gathered=layer_gather,
     )
+    # 3. Logits, the loss on them, and back through the head: its gradient is whole for a moment.
     logits = logits_bytes(text, batch.logit_positions, compute)
     yield moment(
         "loss",
@@ -271,10 +275,8 @@ def training_moments(
         logits=loss_copies(setup) * logits,
         gathered=_gathered(setup, head, prefetch=False),
     )
-    gradients = shard(head if not setup.trained.lora_rank else 0, setup.ranks) * trained_bytes(
-        setup
-    )
-    head_gradient = _whole_gradient(setup, head if not setup.trained.lora_rank else 0)
+    gradients = shard(head_values, setup.ranks) * backwards
+    head_gradient = _whole_gradient(setup, head_values)
     yield moment(
         "head backward",
         gradients,
@@ -283,44 +285,44 @@ def training_moments(
         logits=head_copies(setup) * logits,
         gathered=_gathered(setup, head) + head_gradient,
     )
+    # 4. Back through the layers: each frees what it saved, and leaves a shard of its gradient.
     working = decoder_backward_bytes(text, batch.tokens, compute)
     layer_gradient = _whole_gradient(setup, layer_values)
     for index in range(text.layers, 0, -1):
-        gradients += shard(layer_values, setup.ranks) * trained_bytes(setup)
+        gradients += shard(layer_values, setup.ranks) * backwards
         kept = saved_per_layer * index + around + rotary_and_mask
         yield moment(
             f"layer {index} backward",
             gradients,
             audio_activations=kept_audio,
-            activations=kept + (layer if setup.checkpointing else 0) + working,
+            activations=kept + recomputed + working,
             gathered=layer_gather + layer_gradient,
         )
-    if not setup.trained.lora_rank and not text.tied:
-        gradients += shard(text.embedding_parameters, setup.ranks) * trained_bytes(setup)
+    if not lora and not text.tied:
+        gradients += shard(head, setup.ranks) * backwards
         yield moment(
             "embedding backward",
             gradients,
             audio_activations=kept_audio,
             activations=2 * boundary,
-            gathered=_whole_gradient(setup, text.embedding_parameters),
+            gathered=_whole_gradient(setup, head),
         )
+    # 5. Back through the ears, where anything of them is trained.
     if tower_backward and batch.clips:
-        projector = shard(audio.projector_parameters, setup.ranks) * trained_bytes(setup)
+        projector = shard(audio.projector_parameters, setup.ranks) * backwards
         gradients += projector if setup.trained.projector else 0
         if setup.trained.audio_tower:
             encoder_working = positions * (2 * audio.ffn + 2 * audio.width) * compute
             for index in range(audio.layers, 0, -1):
-                gradients += shard(audio.layer_parameters, setup.ranks) * trained_bytes(setup)
-                recomputed = encoder_layer if setup.checkpointing else 0
+                gradients += shard(audio.layer_parameters, setup.ranks) * backwards
+                again = encoder_layer if setup.checkpointing else 0
                 yield moment(
                     f"audio layer {index} backward",
                     gradients,
-                    audio_activations=stem
-                    + saved_per_encoder * index
-                    + recomputed
-                    + encoder_working,
+                    audio_activations=stem + saved_per_encoder * index + again + encoder_working,
                     gathered=encoder_gather + _whole_gradient(setup, audio.layer_parameters),
                 )
+    # 6. Adam, with every gradient and nothing of the passes.
     yield moment("optimizer", all_gradients, optimizer_temporary=optimizer_temporary(setup))
 
 
@@ -375,7 +377,7 @@ def forward_moments(setup: Training, batch: MicroBatch, entropy: bool) -> Iterat
             **states,
             "activations": 2 * batch.tokens * text.hidden * compute,
             "logits": copies * logits,
-            "gathered": _gathered(setup, _head_values(setup), prefetch=False),
+            "gathered": _gathered(setup, text.embedding_parameters, prefetch=False),
         },
     )
 
@@ -400,10 +402,6 @@ def loss_copies(setup: Training) -> int:
 def head_copies(setup: Training) -> int:
     """Tensors of the logits' size alive while the output head's gradient is computed."""
     return 2 if setup.banned_tokens else 1
-
-
-def _head_values(setup: Training) -> int:
-    return setup.size.text.embedding_parameters
 
 
 def _gathered(setup: Training, values: int, prefetch: bool = True) -> int:
