@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, open_dict
 from processes import REPOSITORY, clean_environment
+from repeated_rows import repeat_rows
 
 pytest.importorskip("verl")
 
@@ -30,6 +31,7 @@ def parquet(random_stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     arguments = ["--mode", "audio", "--task", "practice", "--workers", "1"]
     arguments += ["--data-dir", str(REPOSITORY / "data/sample"), "--output-dir", str(folder)]
     assert preprocess.main([*arguments, "--tokenizer", str(random_stand_in)]) == 0
+    repeat_rows(folder / "audio/train.parquet", 4)
     return folder / "audio"
 
 

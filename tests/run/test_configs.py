@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from processes import REPOSITORY, clean_environment
+from repeated_rows import repeat_rows
 
 pytest.importorskip("verl")
 
@@ -76,6 +77,7 @@ def dry_runs(random_stand_in: Path, tmp_path_factory: pytest.TempPathFactory) ->
     results = folder / "results.json"
     script = REPOSITORY / "tests/support/dry_runs.py"
     parquet = folder / "audio/train.parquet"
+    repeat_rows(parquet, 16)
     process = subprocess.run(
         [sys.executable, str(script), str(random_stand_in), str(parquet), str(results)],
         cwd=REPOSITORY,
