@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from soundmind.data.pass_rates import PassRateError, curriculum
+from soundmind.data.rows import read_rows
 from soundmind.planning.setup import rows_of
 
 
@@ -61,6 +63,23 @@ def ground_truths(config: DictConfig) -> Iterator[str]:
                     f"reward ({', '.join(known)}); no response could be right. Set reward_kwargs.labels "
                     "to the labels of this data"
                 )
+
+
+def curriculum_rows(config: DictConfig) -> Iterator[str]:
+    """The saved evaluation that orders the rows is one of these rows, and nothing shuffles them."""
+    if not config.data.get("curriculum"):
+        return
+    if config.data.shuffle:
+        yield "data.curriculum is set and data.shuffle=true would undo its order; set data.shuffle=false"
+    infos = [
+        info
+        for path in filter(lambda path: Path(path).is_file(), paths_of(config.data.train_files))
+        for info in read_rows(path, root=config.data.audio_root)["extra_info"].to_pylist()
+    ]
+    try:
+        curriculum(Path(config.data.curriculum), infos, config.data.curriculum_order)
+    except PassRateError as error:
+        yield str(error)
 
 
 def paths_of(value: Any) -> list[str]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from soundmind.data.chains import LONG_CHAINS, ChainError, Chains
 from soundmind.data.sources import SourceError
-from soundmind.run import checks, lora_checks
+from soundmind.run import checks, data_checks, lora_checks
 from soundmind.run.config import ConfigError
 
 
@@ -25,7 +25,7 @@ def find_sft_problems(config: DictConfig) -> Iterator[str]:
         sft_settings,
         lora_checks.lora_targets,
         checks.resume,
-        checks.data_files,
+        data_checks.data_files,
         checks.model_folder,
         lora_checks.part_problems,
     ):

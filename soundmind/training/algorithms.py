@@ -96,7 +96,7 @@ class RecipeTrainer(PPOTrainerSync):
             raise RuntimeError(
                 f"step {self.global_steps}: {most} batches of {prompts} prompts did not bring {prompts} "
                 f"whose responses differ in {filter_groups.metric}. The policy finds them too easy or "
-                "too hard: choose other rows (soundmind.curriculum), or set "
+                "too hard: choose other rows, or set "
                 "algorithm.filter_groups.enable=false or a larger max_num_gen_batches"
             )
         return super()._add_prompts_to_generate(num_prompts)

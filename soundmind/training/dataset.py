@@ -17,6 +17,7 @@ What it does beyond verl's RLHFDataset:
 
 Settings (all under `data`, all optional)
 
+    curriculum       a saved evaluation of the training file, which orders it (soundmind.data.pass_rates)
     audio_root       folder that clip paths are relative to, instead of the one recorded in the
                      Parquet file (relative to the file, so that a data folder moves as a whole)
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -38,6 +40,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from soundmind.data.audio import MAX_CLIP_SECONDS
 from soundmind.data.clips import load_clip
+from soundmind.data.pass_rates import ORDERS, curriculum
 from soundmind.data.rows import CLIP_COLUMN, read_rows, with_clip
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,12 @@ class AudioRLHFDataset(RLHFDataset):
                 generator = np.random.default_rng(self.seed)
                 chosen = generator.permutation(len(rows))[: self.max_samples].tolist()
             rows = rows.select(chosen)
+        training = self.config.get("train_files")
+        training = [training] if isinstance(training, str) else list(training or ())
+        saved = self.config.get("curriculum", None)
+        if saved and list(self.original_data_files) == training:  # validation keeps its order
+            order = self.config.get("curriculum_order", ORDERS[0])
+            rows = rows.select(curriculum(Path(saved), list(rows["extra_info"]), order))
         self.dataframe = self.maybe_filter_out_long_prompts(rows)
         logger.info("%d rows from %s", len(self.dataframe), ", ".join(self.original_data_files))
 

@@ -18,6 +18,7 @@ from engine_rank import build_rows, open_engine, to_batch
 from omegaconf import open_dict
 
 GROUP = 4  # responses a prompt; two prompts
+EIGHT_ROWS = ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8"]
 COMPONENTS = ("text_format", "answer", "text_length")
 
 
@@ -121,7 +122,7 @@ def main() -> None:
 
     results: dict[str, Any] = {}
     for word in words():
-        config = compose_config("grpo_tiny_cpu", [f"algorithm={word}"])
+        config = compose_config("grpo_tiny_cpu", [f"algorithm={word}", *EIGHT_ROWS])
         with open_dict(config):
             config.actor_rollout_ref.model.path = arguments.model
             config.data.train_files = config.data.val_files = arguments.parquet

@@ -289,3 +289,23 @@ def test_pickled_dataset_resumes_from_its_files(make_github: MakeData, processor
     resumed = pickle.loads(pickle.dumps(rows))
     resumed.resume_dataset_state()
     assert resumed[2]["raw_prompt"] == rows[2]["raw_prompt"]
+
+
+def test_a_curriculum_orders_training_rows_and_leaves_validation_alone(
+    make_github: MakeData, processor: Any, tmp_path: Path
+) -> None:
+    path = prepare(make_github({"train": 4}), "text")
+    lines = [
+        {"split": "train", "id": f"{number:04d}", "mode": "text", "ground_truth": "entailed"}
+        | {"verdict": "entailed" if number in (1, 3) else None}
+        for number in range(4)
+    ]
+    saved = tmp_path / "predictions.jsonl"
+    saved.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def order(train_files: list[str]) -> list[str]:
+        rows = load([path], processor, curriculum=str(saved), train_files=train_files)
+        return [rows[index]["extra_info"]["id"] for index in range(len(rows))]
+
+    assert order([str(path)]) == ["0001", "0003", "0000", "0002"]
+    assert order(["another.parquet"]) == ["0000", "0001", "0002", "0003"]
