@@ -9,7 +9,7 @@ def overlong(response: str, row: dict[str, Any], *, limit: int, buffer: float = 
     """How far a response is into the last part of its budget, in [0, 1]; give it a negative weight.
 
     0 up to `limit` * (1 - `buffer`) tokens, 1 at `limit`. DAPO's soft overlong punishment
-    (arXiv 2503.14476, eq. 13). A response of unknown length counts 0.
+    (arXiv 2503.14476). A response of unknown length counts 0.
     """
     tokens = row.get("response_tokens")
     if tokens is None or tokens < 0:
