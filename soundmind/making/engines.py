@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,7 +57,11 @@ class Espeak:
     repeated: frozenset[str] = frozenset()  # paragraphs of many texts, spoken once a voice
 
     def describe(self) -> str:
-        return f"espeak-ng at {self.speed} words a minute"
+        try:
+            release = version("espeakng-loader")
+        except PackageNotFoundError:
+            release = "not installed"  # `check` says so where it matters
+        return f"espeak-ng ({release}) at {self.speed} words a minute"
 
     def check(self, voices: Sequence[str]) -> None:
         for voice in voices:

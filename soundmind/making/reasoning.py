@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from soundmind.making.near import words_of
 from soundmind.making.triples import Dropped, other_language
 from soundmind.making.words import Wording
 from soundmind.system.chat import Client, Completion, Usage, run_all
@@ -102,7 +103,7 @@ def find_fault(
         return "markup"
     if "\ufffd" in text or any("\ud800" <= character <= "\udfff" for character in text):
         return "broken-text"
-    num_words = len(text.split())
+    num_words = len(words_of(text))
     if num_words < settings.min_words:
         return "too-short"
     if num_words > settings.max_words:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from soundmind.data.workers import die_with
 from soundmind.making.engines import Engine, Espeak, Server
+from soundmind.making.near import words_of
 from soundmind.making.sound import RATE, ClipFault, Utterance, even, save
 from soundmind.system.chat import run_all
 from soundmind.system.errors import UserError
@@ -33,7 +34,7 @@ def finish(
     """Make one clip; its line in the journal."""
     try:
         samples, rate = sound()
-        wave = even(samples, rate, len(utterance.text.split()))
+        wave = even(samples, rate, len(words_of(utterance.text)))
     except ClipFault as fault:
         return {"fault": fault.reason, "detail": str(fault)[:300], "seconds": 0.0, "bytes": 0}
     size = save(utterance.path(folder), wave)

@@ -122,6 +122,15 @@ def test_a_clip_that_is_no_speech_of_ten_words_is_refused(samples: np.ndarray, f
     assert error.value.reason == fault
 
 
+def test_a_text_without_spaces_has_a_word_for_every_sign(tmp_path: Path) -> None:
+    code = (
+        "import soundfile, numpy\n"
+        "soundfile.write(output, numpy.sin(numpy.arange(24_000 * 8) * 0.1) * 0.1, 24_000)\n"
+    )
+    text = "所有的人都会死而苏格拉底是人所以苏格拉底会死"
+    assert make(Command(script(tmp_path, code)), tmp_path, [text])[0]["fault"] is None
+
+
 def test_stereo_at_another_rate_comes_out_as_mono_of_the_same_length() -> None:
     stereo = np.stack([tone(3, 44_100), tone(3, 44_100)], axis=1)
     assert even(stereo, 44_100, 10).shape == (3 * RATE,)
