@@ -7,6 +7,7 @@ seen in them: which carry their sound, and, by durations, whether the clips foun
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -36,17 +37,22 @@ class RowsError(UserError, ValueError):
 
 
 def open_rows(path: str) -> pq.ParquetFile:
+    """The Parquet file `path`; RowsError says what another file is, OSError where there is none."""
+    if not os.path.isfile(path):
+        code = errno.EISDIR if os.path.isdir(path) else errno.ENOENT
+        raise OSError(code, os.strerror(code), path)
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError) or not os.path.isfile(path):
-            raise
+    except pa.ArrowInvalid as error:
         with open(path, "rb") as file:
-            kind = describe_bytes(file.read(4096))
-        cut = " that was cut short" if kind == "a Parquet file" else ""
-        raise RowsError(
-            f"{path} is no Parquet file but {kind}{cut}. Make it with: {PREPARE}"
-        ) from error
+            head = file.read(4096)
+        cut = head.startswith(b"PAR1")
+        said = (
+            "a Parquet file that was cut short"
+            if cut
+            else f"no Parquet file but {describe_bytes(head)}"
+        )
+        raise RowsError(f"{path} is {said}. Make it with: {PREPARE}") from error
 
 
 def conformed(table: pa.Table, path: str) -> pa.Table:
