@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from soundmind.evaluation import page, plots, tables
 from soundmind.evaluation.examples import Example, read_examples
@@ -219,53 +223,22 @@ def record_versions(
 # --- progress -------------------------------------------------------------------------------------
 
 
-class Bar:
+class Bar(tqdm):
     """Progress with rows/s and time left; one line per batch where the output is no terminal."""
 
     def __init__(self, total: int, done: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._total, self._first, self._started = total, done, time.monotonic()
-        self._progress = Progress(
-            TextColumn("rows"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        self._task = self._progress.add_task("rows", total=total, completed=done, speed="")
-        self._count = done
-
-    def __enter__(self) -> Bar:
-        if self._progress.console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._terminal = sys.stdout.isatty()
+        sink = sys.stdout if self._terminal else io.StringIO()
+        super().__init__(total=total, initial=done, unit=" rows", file=sink, leave=False)
 
     def advance(self, rows: int) -> None:
         """`rows` more are answered, though not saved yet."""
-        self._count = min(self._total, self._count + rows)
-        self._progress.update(self._task, completed=self._count, speed=f"{self._speed:.2f} rows/s")
+        self.update(min(rows, self.total - self.n))
 
     def saved(self, count: int) -> None:
         """`count` rows are on disk."""
-        self._count = count
-        self.advance(0)
-        if not self._progress.console.is_terminal:
-            left = (self._total - count) / max(self._speed, 1e-9)
-            print(
-                f"{count}/{self._total} rows, {self._speed:.2f} rows/s, {left:.0f} s left",
-                flush=True,
-            )
-
-    @property
-    def _speed(self) -> float:
-        return (self._count - self._first) / max(1e-9, time.monotonic() - self._started)
+        self.update(count - self.n)
+        speed = (self.n - self.initial) / max(self.format_dict["elapsed"], 1e-9)
+        if not self._terminal:
+            left = (self.total - count) / max(speed, 1e-9)
+            print(f"{count}/{self.total} rows, {speed:.2f} rows/s, {left:.0f} s left", flush=True)
