@@ -17,7 +17,7 @@ from soundmind.evaluation.examples import DataError, Example
 from soundmind.evaluation.models import Model
 from soundmind.evaluation.text import SEEDS_A_ROW, TextSettings
 from soundmind.model.folder import fetch_model
-from soundmind.system.digests import content_digest, content_digests, folder_digest, joint_digest
+from soundmind.system.digests import content_digest, files_digest, folder_digest
 from soundmind.system.machine import gpu_names, package_versions
 
 MAX_TOKENS = 4096  # [ours] 99 of 100 published reasonings are shorter; the released limit is 2048
@@ -140,4 +140,4 @@ def describe_settings(
 def clips_digest(examples: Sequence[Example]) -> str | None:
     """Of every clip in a file of its own, in order; None without one (embedded: the Parquet's)."""
     files = [Path(clip) for example in examples if (clip := example.clip_file())]
-    return joint_digest(content_digests(files)) if files else None
+    return files_digest(files) if files else None

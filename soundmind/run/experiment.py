@@ -2,12 +2,11 @@
 
 An experiment is every key of the configuration but those that change neither a rollout nor an update,
 and the content of what the configuration names: base weights, tokenizer and templates, adapter,
-Parquet rows, sizes of clips. Class paths count: a class that moved may have changed. [ours]
+Parquet rows, clips. Class paths count: a class that moved may have changed. [ours]
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from soundmind.data.rows import CLIP_COLUMN, read_rows
-from soundmind.model import checkpoints
+from soundmind.system.digests import files_digest, joint_digest
 from soundmind.system.files import file_digest
 
 # Keys, and groups of keys, that may change when a run is continued.
@@ -35,7 +34,13 @@ FREE = (
 )
 # Steps are free too where the learning rate does not depend on how many there will be.
 STEPS = ("trainer.total_training_steps", "trainer.total_epochs")
-_TEXT_FILES = ("*.json", "*.jinja", "merges.txt")  # tokenizer, templates, processor, sizes
+_TEXT_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.py",
+    "*.model",
+)  # tokenizer, templates, processor, sizes
 _SHOWN = 6
 
 
@@ -114,22 +119,17 @@ def _contents(config: DictConfig) -> Iterator[tuple[str, str]]:
     model = config.actor_rollout_ref.model
     base = Path(str(model.path)).expanduser()
     if base.is_dir():
-        yield f"weights of {model.path}", checkpoints.weights_fingerprint(base)
+        yield f"weights of {model.path}", files_digest(sorted(base.glob("*.safetensors")))
         files = sorted({path for pattern in _TEXT_FILES for path in base.glob(pattern)})
         text = [f"{path.name} {file_digest(path)}" for path in files]
-        yield f"tokenizer and settings of {model.path}", _digest(text)
+        yield f"tokenizer and settings of {model.path}", joint_digest(text)
     if model.get("lora_adapter_path"):
         adapter = Path(str(model.lora_adapter_path)).expanduser()
-        text = [f"{path.name} {file_digest(path)}" for path in sorted(adapter.glob("adapter_*"))]
-        yield f"adapter of {adapter}", _digest(text)
+        yield f"adapter of {adapter}", files_digest(sorted(adapter.glob("adapter_*")))
     for key in ("train_files", "val_files"):
-        files = config.data[key] or []
-        for name in map(str, [files] if isinstance(files, str) else files):
+        files = config.data[key]
+        for name in [files] if isinstance(files, str) else files:
             yield f"rows of {name}", file_digest(Path(name))
             clips = read_rows(name, root=config.data.audio_root)[CLIP_COLUMN].to_pylist()
-            sizes = (Path(clip) for clip in clips if clip and Path(clip).is_file())
-            yield f"clips of {name}", _digest([f"{p.name} {p.stat().st_size}" for p in sizes])
-
-
-def _digest(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+            paths = [Path(clip) for clip in clips if clip and Path(clip).is_file()]
+            yield f"clips of {name}", files_digest(paths)

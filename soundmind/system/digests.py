@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,20 +27,37 @@ _NOT_CONTENT = {".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf"}  # of a 
 
 def content_digest(path: Path) -> str:
     """SHA-256 of a file, remembered if it is large; OSError where it cannot be read."""
-    before = path.stat()
-    if before.st_size < REMEMBERED_BYTES:
+    if path.stat().st_size < REMEMBERED_BYTES:
         return file_sha256(path)
+    return _remembered([path], lambda: file_sha256(path))
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """16 hexadecimal digits of the content of several files, in order; remembered as one.
+
+    For thousands of clips: ten gigabytes are not read again at every start.
+    """
+    try:
+        return _remembered(paths, lambda: joint_digest(content_digests(paths)))
+    except OSError:
+        return joint_digest(content_digests(paths))  # one is gone or unreadable: its digest says so
+
+
+def _remembered(paths: Sequence[Path], compute: Callable[[], str]) -> str:
+    """`compute`, or what it returned for these files as long as none of them changed."""
+    before = [path.stat() for path in paths]
     key = _content_key(before)
     kept = _cache_folder() / key
     try:
         found = kept.read_text(encoding="ascii")
-        if len(found) == 64:
+        if len(found) in (16, 64):
             return found
     except (OSError, ValueError):
-        pass  # not there, or not readable: the file is
-    digest = file_sha256(path)
-    settled = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED_SECONDS
-    if settled and _content_key(path.stat()) == key:
+        pass  # not there, or not readable: the files are
+    digest = compute()
+    changed = max((max(status.st_mtime, status.st_ctime) for status in before), default=0.0)
+    settled = time.time() - changed > SETTLED_SECONDS
+    if settled and _content_key([path.stat() for path in paths]) == key:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_text(kept, digest)
@@ -92,9 +109,10 @@ def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
             yield entry
 
 
-def _content_key(status: os.stat_result) -> str:
-    fields = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return "-".join(map(str, fields))
+def _content_key(found: Sequence[os.stat_result]) -> str:
+    """What tells one content of these files from another, without reading it."""
+    lines = (f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in found)
+    return f"{len(found)}-{hashlib.sha256(' '.join(lines).encode()).hexdigest()}"
 
 
 def _cache_folder() -> Path:

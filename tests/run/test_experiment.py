@@ -94,8 +94,24 @@ def clip(place: Path) -> None:
     appended(str(next((place / "data/train").glob("*/question.wav")).relative_to(place)))(place)
 
 
+def flip_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def sound_of_the_same_size(place: Path) -> None:
+    flip_last_byte(next((place / "data/train").glob("*/question.wav")))
+
+
+def last_weight(place: Path) -> None:
+    flip_last_byte(place / "model/model.safetensors")
+
+
 CHANGES: list[tuple[Callable[[Path], None], str]] = [
     (clip, "clips of"),
+    (sound_of_the_same_size, "clips of"),
+    (last_weight, "weights of"),
     (weight, "weights of"),
     (appended("model/tokenizer.json"), "tokenizer and settings of"),
     (appended("model/tokenizer_config.json"), "tokenizer and settings of"),
