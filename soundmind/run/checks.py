@@ -33,7 +33,13 @@ from soundmind.planning.setup import CARDS, GB, assumptions
 from soundmind.planning.sizes import PUBLISHED, SizeError
 from soundmind.plugin import environment
 from soundmind.run import lora_checks, machine_checks, supported
-from soundmind.run.data_checks import curriculum_rows, data_files, ground_truths, paths_of
+from soundmind.run.data_checks import (
+    counted_lengths,
+    curriculum_rows,
+    data_files,
+    ground_truths,
+    paths_of,
+)
 from soundmind.run.lora_checks import lora_targets
 from soundmind.system.errors import UserError
 
@@ -61,7 +67,7 @@ def find_problems(config: DictConfig) -> Iterator[str]:
     yield from wrong_numbers
     for check in (
         *(installed_versions, reward_keys, reward_settings, device, cluster, shared_prompts),
-        *(lora_targets, resume, data_files, ground_truths, curriculum_rows),
+        *(lora_targets, resume, data_files, ground_truths, curriculum_rows, counted_lengths),
         *(machine_checks.driver, machine_checks.attention),
     ):
         yield from check(config)

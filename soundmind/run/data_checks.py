@@ -49,9 +49,10 @@ def ground_truths(config: DictConfig) -> Iterator[str]:
         return
     keywords: Any = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
     try:
-        known = list(resolve(**keywords).labels.labels)
+        reward = resolve(**keywords)
     except (ValueError, TypeError, KeyError, ImportError, AttributeError):
         return  # `reward_settings` says so
+    known = list(reward.labels.labels)
     for key in ("train_files", "val_files"):
         for path in filter(lambda path: Path(path).is_file(), paths_of(config.data[key])):
             table = parquet.read_table(path, columns=["reward_model"])
@@ -92,3 +93,34 @@ def _prepare_command(config: DictConfig, path: str) -> str:
     mode = Path(path).parent.name
     mode = mode if mode in ("audio", "text", "dual") else "audio"
     return f"bash scripts/download_data.sh && python -m soundmind.preprocess --mode {mode}"
+
+
+def counted_lengths(config: DictConfig) -> Iterator[str]:
+    """Rows know the reference's tokens where the reward pays for length in tokens."""
+    import pyarrow.compute as compute
+    import pyarrow.parquet as parquet
+
+    from soundmind.task.reward import resolve
+
+    function = config.reward.custom_reward_function
+    if function.path != "pkg://soundmind.rewards":
+        return
+    keywords: Any = OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create({}))
+    try:
+        unit = resolve(**keywords).length_unit
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError):
+        return  # `reward_settings` says so
+    if unit != "tokens":
+        return
+    for path in filter(lambda path: Path(path).is_file(), paths_of(config.data.train_files)):
+        column = parquet.read_table(path, columns=["extra_info"])["extra_info"]
+        tokens = compute.struct_field(column, "reference_tokens")
+        words = compute.struct_field(column, "reference_words")
+        bare = compute.sum(compute.and_(compute.is_null(tokens), compute.is_valid(words))).as_py()
+        if bare:
+            yield (
+                f"data.train_files: {path} has {bare} rows whose reference was counted in words alone, "
+                "and reward_kwargs.length_unit is tokens. Prepare it again with the policy's tokenizer: "
+                f"python -m soundmind.preprocess --tokenizer {config.actor_rollout_ref.model.path} ..., "
+                "or set length_unit=words"
+            )

@@ -44,19 +44,28 @@ def prepare_alr(config: DictConfig) -> None:
     from soundmind.run import checks
 
     missing = [path for path in parquet_files(config) if not path.is_file()]
-    data = Path(config.run.alr_dir)
-    if missing and not data.is_dir():
-        raise ConfigError(
-            f"{missing[0]} not found and no data in {data}. Fetch it (about 200 GB with audio): "
-            "bash scripts/download_data.sh"
-        )
-    for mode in modes_of(missing):
-        _make_parquet(mode=mode, data_dir=str(data))
-    model = Path(config.actor_rollout_ref.model.path)
+    data, model = Path(config.run.alr_dir), Path(config.actor_rollout_ref.model.path)
+    needed = []
+    # The model first: its tokenizer counts the lengths that the rows keep.
     if not model.is_dir() and model.parts[0] == "checkpoints":
-        raise ConfigError(
+        needed.append(
             f"{model} not found. Fetch it (7B: about 22 GB): {checks.model_command(config)}"
         )
+    if missing and not data.is_dir():
+        text_alone = modes_of(missing) == ["text"]
+        needed.append(
+            f"{missing[0]} not found and no data in {data}. Fetch it ("
+            + (
+                "40 MB"
+                if text_alone
+                else "20 GB of questions; PARTS=all, 200 GB, brings recorded answers"
+            )
+            + f"): PARTS={'text' if text_alone else 'questions'} bash scripts/download_data.sh"
+        )
+    if needed:
+        raise ConfigError("\n  ".join(needed))
+    for mode in modes_of(missing):
+        _make_parquet(mode=mode, data_dir=str(data))
 
 
 def _make_parquet(**options: Any) -> None:

@@ -254,6 +254,8 @@ def algorithms(config: DictConfig) -> Iterator[str]:
     if actor.policy_loss.loss_mode == "dro" and not (actor.policy_loss.get("dro_beta") or 0) > 0:
         yield f"{ACTOR}.policy_loss.loss_mode=dro needs policy_loss.dro_beta above 0"
     yield from _recipes(config)
+    if config.actor_rollout_ref.model.lora_rank and actor.strategy != "fsdp2":
+        yield f"{ACTOR}.strategy={actor.strategy}: LoRA runs with fsdp2 alone; use fsdp2"
     rejections = algorithm.rollout_correction.rollout_rs
     for name in str(rejections).split(",") if rejections else ():
         if name.strip() not in REJECTIONS:

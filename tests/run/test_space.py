@@ -117,6 +117,37 @@ def test_a_batch_that_the_rows_cannot_fill_is_refused(
     assert all("set it to at most" in problem for problem in found)
 
 
+def test_lengths_in_tokens_need_references_counted_in_tokens(tmp_path: Path) -> None:
+    for name, tokens in (("counted", 12), ("words", None)):
+        info = [{"reference_tokens": 12, "reference_words": 9}]
+        info += [{"reference_tokens": tokens, "reference_words": 9}] * 3
+        pq.write_table(pa.table({"extra_info": info}), tmp_path / f"{name}.parquet")
+    found = {}
+    for name in ("counted", "words"):
+        file = f"data.train_files={tmp_path}/{name}.parquet"
+        for unit in ("tokens", "words"):
+            key = "reward.custom_reward_function.reward_kwargs.length_unit"
+            config = compose_config("grpo_tiny_cpu", [file, f"{key}={unit}"])
+            found[name, unit] = list(data_checks.counted_lengths(config))
+    (problem,) = found.pop(("words", "tokens"))
+    assert "has 3 rows" in problem and "--tokenizer checkpoints/tiny" in problem
+    assert not any(found.values())
+
+
+def test_what_a_download_must_bring_is_named_at_once_and_the_model_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from soundmind import prepare
+
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(["--config-name", "grpo_7b_8gpu"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "hf download Qwen/Qwen2.5-Omni-7B" in first
+    assert "PARTS=questions bash scripts/download_data.sh" in second and "20 GB" in second
+    assert prepare.main(["--config-name", "grpo_7b_8gpu", "modality=text"]) == 2
+    assert "PARTS=text bash scripts/download_data.sh" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("hidden", ["", "0", "3,4,5"])
 def test_hidden_gpus_leave_ray_as_many_devices_as_ranks_on_a_cpu(hidden: str) -> None:
     """Ray refuses more devices than the variable lists; CUDA takes -1 for none."""

@@ -108,6 +108,14 @@ def test_a_setting_that_cannot_run_is_refused_by_its_name(setting: str) -> None:
     assert any(key in problem for problem in found), found
 
 
+def test_lora_runs_with_fsdp2_alone() -> None:
+    lora = (f"{M}.lora_rank=4", f"{M}.lora.merge=true", "train.audio_tower=false")
+    assert problems(*lora) == []
+    assert any(
+        "LoRA runs with fsdp2" in problem for problem in problems(*lora, f"{A}.strategy=fsdp")
+    )
+
+
 def test_there_are_a_hundred_of_them() -> None:
     assert len(set(REFUSED)) == len(REFUSED) >= 100
 
