@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from soundmind.evaluation.intervals import wilson_interval
+from soundmind.task.labels import VERDICTS
+from soundmind.task.lenient import read_leniently
 
 CORRELATION = "training/rollout_actor_probs_pearson_corr"
 
@@ -52,6 +54,13 @@ class Validation:
     def interval(self) -> tuple[float, float]:
         """Wilson interval of the accuracy, 95 %."""
         return wilson_interval(self.correct, len(self.rows))
+
+    def lenient_share(self) -> float | None:
+        """Accuracy after the lenient reading; None without responses, or for other labels."""
+        rows = [row for row in self.rows.values() if "output" in row and row["gts"] in VERDICTS]
+        if not rows:
+            return None
+        return statistics.fmean(read_leniently(row["output"]) == row["gts"] for row in rows)
 
     def majority_share(self) -> float:
         """Accuracy of always giving the commoner ground truth."""

@@ -146,3 +146,16 @@ def test_rows_of_two_splits_and_several_samples_all_count(tmp_path: Path) -> Non
     write_validation(tmp_path, 1, sampled)
     found = Validation.read(tmp_path / "validation/1.jsonl")
     assert (len(found.rows), found.correct) == (6, 2)
+
+
+def test_the_lenient_reading_of_a_validation_stands_beside_the_strict_one(tmp_path: Path) -> None:
+    rows = answers([False] * 4)
+    for row, said in zip(
+        rows, ("The answer is {}.", "{}, since Rex is a wug", "Hm.", "?"), strict=True
+    ):
+        row["output"] = said.format(row["gts"])
+    write_validation(tmp_path, 0, rows)
+    found = Validation.read(tmp_path / "validation/0.jsonl")
+    assert (found.mean("acc"), found.lenient_share()) == (0.0, 0.5)
+    write_validation(tmp_path, 1, answers([True]))
+    assert Validation.read(tmp_path / "validation/1.jsonl").lenient_share() is None
