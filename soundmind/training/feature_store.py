@@ -175,16 +175,21 @@ def clip_inputs(
     heard = [row for row in rows if row]
     if not heard:
         return {}
+    # In the comments: U distinct prompts, C distinct clips, H clips heard, F frames, M mel bins.
+    # 1. Each prompt once, U of them, in the order in which they are first heard.
     names = [row[CLIP_KEY] for row in heard]
     distinct = {uid: slot for slot, uid in enumerate(dict.fromkeys(names))}
     stored = reader.get(list(distinct), max(int(row[STEP]) for row in heard))
+    # 2. Their clips side by side, C of (F, M); `firsts` says where a prompt's clips begin.
     clips = [clip for entry in stored for clip in entry.clips]
     firsts = [0]
     for entry in stored:
         firsts.append(firsts[-1] + len(entry.lengths))
+    # 3. Row by row, which of the C clips are heard: (H,).
     index = [
         clip for uid in names for clip in range(firsts[distinct[uid]], firsts[distinct[uid] + 1])
     ]
+    # 4. Padded to the longest, (C, F, M), with the valid frames marked, (C, F).
     features = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).to(device)
     lengths = torch.tensor([len(clip) for clip in clips], device=device)
     positions = torch.arange(features.shape[1], device=device)

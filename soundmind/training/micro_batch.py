@@ -112,19 +112,24 @@ class OmniMicroBatches(fsdp.FSDPEngineWithLMHead):
 
     def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's inputs, with features in the place of keys, and where logits are wanted."""
+        # B rollouts of a ragged L tokens each, N response tokens of all of them.
+        # 1. verl's own: input_ids (1, sum of L) packed or (B, longest L) padded; no features.
         rows = clip_rows(micro_batch)
         keyed = any(CLIP_KEY in row for row in rows)
         inputs, output_args = super().prepare_model_inputs(
             micro_batch.exclude("multi_modal_inputs") if keyed else micro_batch
         )
+        # 2. Where logits are wanted, (N,), and each distinct prompt once in the place of B rows.
         device = micro_batch["input_ids"].device
         positions = None if self.use_ulysses_sp else response_positions(micro_batch)
         shared = None
         if positions is not None and self._shares_prompts(micro_batch):
             shared = self._share(micro_batch, rows, inputs)
             rows = [rows[row] for row in shared.first] if rows else rows
+        # 3. The clips of the rows that are left, each distinct one once.
         if keyed:
             inputs.update(clip_inputs(rows, READER, device))
+        # 4. The same positions in the layout that the model gets.
         if positions is not None:
             output_args[RESPONSES] = positions
             packed = tu.get_non_tensor_data(micro_batch, key="use_remove_padding", default=True)
@@ -160,6 +165,7 @@ class OmniMicroBatches(fsdp.FSDPEngineWithLMHead):
             return super().prepare_model_outputs(
                 output, output_args, micro_batch, logits_processor_func
             )
+        # 1. logits (1, N, V) of response tokens alone -> verl's log-probabilities, nested (B, R).
         lengths = micro_batch["responses"].offsets().diff()
         temperature = output_args.get("temperature_rmpad")
         # verl's code for packed sequences, told that the responses are all there is.
@@ -181,6 +187,7 @@ class OmniMicroBatches(fsdp.FSDPEngineWithLMHead):
             responses,
             logits_processor_func,
         )
+        # 2. Back to nested (B, L), zero where a prompt token is predicted.
         offsets = micro_batch["input_ids"].offsets()
         total = micro_batch["input_ids"].values().shape[0]
         return {

@@ -110,6 +110,9 @@ def policy_class(thinker_class: type) -> type:
             each clip is heard once, in order. `logit_positions` (positions,) int64, in the rows of
             `input_ids` laid end to end, makes the logits (1, positions, vocabulary).
             """
+            # B rows of L tokens, C distinct clips, T audio tokens heard, D hidden size, N positions
+            # wanted, V rows of the head.
+            # 1. Embeddings, (B, L, D): text from the table, sound from the tower, (T, D).
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 if input_features is None:
@@ -125,12 +128,14 @@ def policy_class(thinker_class: type) -> type:
                     inputs_embeds = inputs_embeds.masked_scatter(
                         heard.unsqueeze(-1), audio.to(inputs_embeds.dtype)
                     )
+            # 2. Positions (B, L) -> (4, B, L), and a mask (B, 1, L, L) in the attention's own form.
             if position_ids is not None and position_ids.dim() == 2:
                 position_ids = packed_position_rows(position_ids)
             mask = kwargs.get("attention_mask")
             if mask is not None and mask.dim() == 4:
                 attention = self.model.config._attn_implementation
                 kwargs["attention_mask"] = dense_mask(mask, attention, inputs_embeds.dtype)
+            # 3. Logits, (B, L, V), or (1, N, V) where they are wanted.
             if logit_positions is None:
                 output = super().forward(
                     input_ids=input_ids,
@@ -148,6 +153,7 @@ def policy_class(thinker_class: type) -> type:
                 # hook would be lost.
                 wanted = hidden.flatten(0, 1)[logit_positions].unsqueeze(0)
                 output = CausalLMOutputWithPast(logits=self.lm_head(wanted))
+            # 4. What a rollout may not sample has no probability here either.
             if self.banned_token_ids is not None:
                 banned = self.banned_token_ids.to(output.logits.device)
                 output.logits.index_fill_(-1, banned, BANNED_LOGIT_BIAS)

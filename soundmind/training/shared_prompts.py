@@ -9,6 +9,9 @@ behind them in one row:
 Every response continues at the position where the prompt ends and sees the prompt and itself, not
 its siblings; log-probabilities and gradients are those of separate rows (tests/training/test_engine.py).
 Attention takes the pattern as a dense mask, which sdpa does and flash-attention does not. [ours]
+
+In the comments: G prompts (groups of rollouts), L tokens of the longest shared row, P and R tokens of
+a prompt and of a response, N response tokens of all rollouts.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ def share_prompts(
     """
     device = prompts[0].device
     groups = list(prompt_groups(prompts, names).values())
+    # 1. Rows of padding: (G, L) each. `segment` is 0 for a prompt, k for its k-th response.
     lengths = [len(prompts[rows[0]]) + sum(len(responses[row]) for row in rows) for rows in groups]
     shape = (len(groups), max(lengths))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long, device=device)
@@ -66,6 +70,7 @@ def share_prompts(
     segment = torch.full(shape, -1, dtype=torch.long, device=device)  # padding sees padding
     wanted: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     for group, rows in enumerate(groups):
+        # 2. One row: the prompt (P,) at 0 .. P-1, then every response (R,).
         prompt = prompts[rows[0]]
         begin = group * shape[1]
         pieces = [prompt, *(responses[row] for row in rows)]
@@ -74,16 +79,19 @@ def share_prompts(
         position_ids[group, : len(prompt)] = torch.arange(len(prompt), device=device)
         start = len(prompt)
         for number, row in enumerate(rows, 1):
+            # 3. Each response continues at position P, wherever in the row it stands.
             end = start + len(responses[row])
             segment[group, start:end] = number
             offsets = torch.arange(end - start, device=device)
             position_ids[group, start:end] = len(prompt) + offsets
+            # 4. Where its logits are, in the G x L positions laid end to end: (R,).
             # The prompt's last token predicts the first one, every other is predicted by the one
             # before it.
             before = begin + start - 1 + offsets
             before[:1] = begin + len(prompt) - 1
             wanted[row] = before
             start = end
+    # 5. Who sees whom, (G, L, L): the own segment and the prompt, never what comes later.
     same = segment[:, :, None] == segment[:, None, :]
     of_prompt = (segment[:, None, :] == 0) & (segment[:, :, None] > 0)
     causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
