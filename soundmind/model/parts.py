@@ -162,13 +162,6 @@ def format_table(lines: Iterable[TableLine]) -> str:
     )
 
 
-def table(
-    folder: Path, train: Mapping[str, Any], lora_rank: int = 0, target_modules: Any = "all-linear"
-) -> str:
-    """`rows` as text: what a run with these settings trains of a complete model folder."""
-    return format_table(rows(folder, train, lora_rank, target_modules))
-
-
 def language_model_targets(target_modules: Any) -> str:
     """A LoRA target for PEFT that can only hit the language model.
 

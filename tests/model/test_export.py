@@ -129,6 +129,8 @@ def test_a_fingerprint_knows_the_weights_and_not_the_files(
     names = sorted(tensors)
     save_file({n: tensors[n] for n in names[::2]}, tmp_path / "b.safetensors")
     save_file({n: tensors[n] for n in names[1::2]}, tmp_path / "a.safetensors")
+    placed = {n: f"{'ba'[index % 2]}.safetensors" for index, n in enumerate(names)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     whole = checkpoints.weights_fingerprint(random_stand_in)
     assert checkpoints.weights_fingerprint(tmp_path) == whole
     changed = next(name for name in names if name.startswith("thinker.lm_head"))
@@ -167,6 +169,70 @@ def test_an_export_may_be_repeated(checkpoint: Path, random_stand_in: Path, tmp_
     for _ in range(2):
         output = export(checkpoint, random_stand_in, tmp_path / "export")
     assert (output / "config.json").is_file()
+
+
+def test_every_file_of_an_export_has_the_users_mode(
+    checkpoint: Path, random_stand_in: Path, tmp_path: Path
+) -> None:
+    output = export(checkpoint, random_stand_in, tmp_path / "export")
+    plain = tmp_path / "plain"
+    plain.touch()
+    modes = {path.name: path.stat().st_mode for path in output.iterdir() if path.is_file()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {plain.stat().st_mode}
+
+
+def test_two_exports_into_one_folder_never_mix(
+    checkpoint: Path,
+    random_stand_in: Path,
+    state: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second begins when the first has written its weights, and ends before it."""
+    from soundmind.model import export as module
+
+    later = {name: tensor + 0.01 for name, tensor in state.items()}
+    second = write(checkpoint.parent, random_stand_in, later, step=STEP + 1)
+    output = tmp_path / "export"
+    alone = export(checkpoint, random_stand_in, tmp_path / "alone")
+    stock = module._write_weights
+
+    def meanwhile(*arguments: Any) -> int:
+        monkeypatch.setattr(module, "_write_weights", stock)
+        used = stock(*arguments)
+        export(second, random_stand_in, output)
+        return used
+
+    monkeypatch.setattr(module, "_write_weights", meanwhile)
+    export(checkpoint, random_stand_in, output)
+    record = json.loads((output / "export.json").read_text())
+    assert Path(record["checkpoint"]) == checkpoint
+    weights = checkpoints.weights_fingerprint
+    assert weights(output) == weights(alone)
+    assert not [path for path in output.parent.iterdir() if path.name.startswith(".export")]
+
+
+class Harmful:
+    """What a shard of a stranger may hold: something that is run when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_shard_is_run(checkpoint: Path, random_stand_in: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    shard = checkpoint / "actor/model_world_size_1_rank_0.pt"
+    torch.save({"lm_head.weight": Harmful(trace)}, shard)
+    record = json.loads((checkpoint / checkpoints.COMPLETE).read_text())
+    record["files"]["actor/" + shard.name] = shard.stat().st_size
+    (checkpoint / checkpoints.COMPLETE).write_text(json.dumps(record))
+    with pytest.raises(ExportError, match="cannot be read"):
+        export(checkpoint, random_stand_in, tmp_path / "export")
+    assert not trace.exists()
 
 
 def test_a_folder_that_is_no_export_is_not_overwritten(

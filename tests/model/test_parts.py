@@ -206,7 +206,7 @@ def test_the_engine_prints_the_table_that_the_headers_give(
     ears_frozen: tuple[dict[str, Any], str], random_stand_in: Path
 ) -> None:
     settings = {"audio_tower": False, "projector": True}
-    assert parts.table(random_stand_in, settings) in ears_frozen[1]
+    assert parts.format_table(parts.rows(random_stand_in, settings)) in ears_frozen[1]
 
 
 # --- bad input ------------------------------------------------------------------------------------
