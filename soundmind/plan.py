@@ -124,6 +124,7 @@ def print_plan(plan: Plan) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     from soundmind.run.config import CONFIG_DIR, compose_config
+    from soundmind.run.sft_checks import require_stage
 
     parser = argparse.ArgumentParser(
         prog="python -m soundmind.plan",
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     arguments = parser.parse_args(argv)
     config = compose_config(arguments.config_name, arguments.overrides, arguments.config_dir)
+    require_stage(config, arguments.config_name, "train")
     if arguments.gpus is not None:
         config = with_gpus(config, arguments.gpus)
     card = CARDS[arguments.card]

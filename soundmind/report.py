@@ -19,6 +19,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from soundmind.run.folder import RunFolder
+from soundmind.run.sft import complete_sft
 from soundmind.run.summary import complete
 from soundmind.system.errors import command
 
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     attempts = RunFolder(run, resumed=True).attempts()
     seconds = sum(a.get("ended", a["started"]) - a["started"] for a in attempts)
     assert isinstance(config, DictConfig)
-    complete(run, config, seconds)
+    finish = complete_sft if "engine" in config else complete
+    finish(run, config, seconds)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import sys
@@ -96,7 +97,7 @@ def fine_tune(config: DictConfig, name: str) -> Path:
         },
     )
     launch_ranks(resolved, config.trainer.n_gpus_per_node, folder)
-    finish_sft(folder, config, counts)
+    complete_sft(folder.path, config, folder.end_attempt())
     return folder.path
 
 
@@ -138,17 +139,17 @@ def launch_ranks(config_path: Path, ranks: int, folder: RunFolder) -> None:
         ) from error
 
 
-def finish_sft(folder: RunFolder, config: DictConfig, counts: dict[str, dict[str, int]]) -> None:
-    """Export, draw, summarise; `summary.json` marks the run as finished."""
-    seconds = folder.end_attempt()
-    summary = summarise_sft(folder.path, config, counts, seconds)
-    if config.run.export and checkpoints.newest(folder.path / "checkpoints") is not None:
-        checkpoint = export.find_checkpoint(folder.path)
-        export.export(checkpoint, export.base_of(folder.path), folder.path / "export")
-        summary["export"] = str(folder.path / "export")
-    draw_losses(folder.path, summary["start"])
+def complete_sft(run: Path, config: DictConfig, seconds: float) -> None:
+    """Everything a finished fine-tuning leaves behind: export, curve, `summary.json`; safe to repeat."""
+    counts = json.loads((run / ROW_COUNTS).read_text())
+    summary = summarise_sft(run, config, counts, seconds)
+    if config.run.export and checkpoints.newest(run / "checkpoints") is not None:
+        checkpoint = export.find_checkpoint(run)
+        export.export(checkpoint, export.base_of(run), run / "export")
+        summary["export"] = str(run / "export")
+    draw_losses(run, summary["start"])
     print(sft_table(summary), flush=True)
-    write_json(folder.path / "summary.json", summary)
+    write_json(run / "summary.json", summary)
 
 
 def summarise_sft(

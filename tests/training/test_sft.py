@@ -19,7 +19,7 @@ from alr_data import annotation, write_clip, write_lines
 from omegaconf import OmegaConf
 from processes import REPOSITORY, clean_environment
 
-from soundmind import preprocess
+from soundmind import plan, preprocess, report
 from soundmind.data.chains import ChainError, ChainSettings, read_chains
 from soundmind.model.processor import load_processor
 from soundmind.run import sft_checks
@@ -210,6 +210,9 @@ def test_a_run_leaves_rows_losses_and_a_model_that_can_be_trained_on(
     counts = json.loads((folder / "rows.json").read_text())
     assert [c["contradicts_label"] for path, c in counts.items() if "train" in path] == [1, 1]
     summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    assert report.main([str(folder)]) == 0
+    assert json.loads((folder / "summary.json").read_text()).keys() == summary.keys()
     assert summary["val_loss_last"] < summary["val_loss_first"]
     assert (folder / "plots" / "loss.png").stat().st_size > 0
     from safetensors.torch import load_file
@@ -283,6 +286,13 @@ def test_the_command_names_what_is_wrong_in_two_lines_and_starts_nothing(
 def test_a_configuration_of_the_other_command_is_told_so(stage: str, name: str, other: str) -> None:
     with pytest.raises(ConfigError, match=f"is a configuration of python -m soundmind.{other};"):
         sft_checks.require_stage(composed(name), name, stage)
+
+
+def test_a_plan_of_a_fine_tuning_is_refused_and_not_made_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert plan.main(["--config-name", "sft_7b_8gpu"]) == 2
+    assert "is a configuration of python -m soundmind.sft" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["sft_7b_8gpu", "sft_7b_lora_1gpu", "sft_3b_1gpu"])
