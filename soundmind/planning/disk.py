@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from soundmind.planning import flops, memory
 from soundmind.planning.memory import FP32, Training
-from soundmind.planning.setup import GB, Assumptions
+from soundmind.planning.setup import GB, Assumptions, rows_of
 
 # Ray's logs and what it spills from its store of objects. Neither weights nor audio features travel
 # through that store, so it is never near full. [ours]
@@ -35,6 +35,12 @@ def kept_checkpoints(config: DictConfig, steps: int) -> int:
         return 0
     written = ceil(steps / every)
     return written if keep is None else min(written, int(keep) + 1)
+
+
+def steps_of(config: DictConfig) -> int:
+    """Steps of the whole run: named, or the epochs of the rows."""
+    per_epoch = rows_of(config.data.train_files, "train")[0] // int(config.data.train_batch_size)
+    return int(config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs)
 
 
 def disk_space(

@@ -9,11 +9,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from soundmind.model import parts
+from soundmind.planning.disk import disk_space, steps_of
+from soundmind.planning.plan import host_memory
+from soundmind.planning.setup import GB, assumptions, training_setup
+from soundmind.planning.sizes import SizeError, model_size
 from soundmind.plugin import environment as plugin_environment
 from soundmind.run import folder as run_folder
 from soundmind.run.experiment import experiment
 from soundmind.run.folder import RunFolder
 from soundmind.run.train import parts_of, require, wanted
+from soundmind.task.reward import resolve
 
 
 def dry_run(config: DictConfig, name: str) -> str:
@@ -31,15 +36,41 @@ def dry_run(config: DictConfig, name: str) -> str:
         "",
         f"algorithm  {config.algorithm.adv_estimator}, {prompts} prompts x {rollout.n} responses = "
         f"{responses} a step, {config.actor_rollout_ref.actor.ppo_mini_batch_size} prompts an update",
+        f"reward     {reward_in_words(config)}",
         f"ranks      {config.trainer.nnodes} x {config.trainer.n_gpus_per_node} = {ranks}",
         f"train      {_listed(config.data.train_files)}",
         f"validate   {_listed(config.data.val_files)}",
         f"model      {model.path}",
+        f"needs      {needs_in_words(config)}",
         f"output     {destination(config, name)}",
     ]
     if table := parts_of(config):
         lines += ["", parts.format_table(table)]
     return "\n".join(lines)
+
+
+def reward_in_words(config: DictConfig) -> str:
+    """Preset, terms with their weights, unit of lengths and labels, or whose function it is."""
+    function = config.reward.custom_reward_function
+    if function.path != "pkg://soundmind.rewards":
+        return f"{function.path}:{function.name}"
+    given = function.get("reward_kwargs")
+    reward = resolve(**(OmegaConf.to_container(given) if given else {}))  # type: ignore[arg-type]
+    terms = ", ".join(f"{term} {weight:g}" for term, weight in reward.weights.items() if weight)
+    labels = ", ".join(reward.labels.labels)
+    return f"{reward.preset}: {terms}; lengths in {reward.length_unit}; labels {labels}"
+
+
+def needs_in_words(config: DictConfig) -> str:
+    """Host memory of a node and disk of the run, as `soundmind.plan` counts them."""
+    try:
+        setup = training_setup(config, model_size(str(config.actor_rollout_ref.model.path)))
+    except SizeError:
+        return "not known before the model is here"
+    assumed = assumptions(config)
+    host = sum(host_memory(config, setup, assumed).values())
+    disk = sum(disk_space(config, setup, assumed, steps_of(config)).values())
+    return f"about {host / GB:.0f} GB of memory on a node, {disk / GB:.0f} GB of disk"
 
 
 def _listed(files: Any) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from soundmind.planning.disk import RAY_FULL, disk_space
+from soundmind.planning.disk import RAY_FULL, disk_space, steps_of
 from soundmind.planning.plan import host_memory
-from soundmind.planning.setup import GB, assumptions, dtype_bytes, rows_of, training_setup
+from soundmind.planning.setup import GB, assumptions, dtype_bytes, training_setup
 from soundmind.planning.sizes import SizeError, model_size
 from soundmind.system import machine
 
@@ -136,10 +136,7 @@ def disk_fits(config: DictConfig) -> Iterator[str]:
         setup = training_setup(config, model_size(str(config.actor_rollout_ref.model.path)))
     except SizeError:
         return  # the model's own check says so
-    rows, _ = rows_of(config.data.train_files, "train")
-    per_epoch = rows // int(config.data.train_batch_size)
-    steps = config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs
-    parts = disk_space(config, setup, assumptions(config), int(steps))
+    parts = disk_space(config, setup, assumptions(config), steps_of(config))
     *ours, ray = parts.values()
     root, temporary = existing(Path(str(config.run.root))), existing(Path(ray_folder()))
     same = root.stat().st_dev == temporary.stat().st_dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -466,6 +467,11 @@ def test_a_dry_run_prints_what_would_be_trained_and_writes_nothing(
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "16 prompts x 8 responses = 128 a step" in result.stdout
+    assert "reward     paper: text_format 1, " in result.stdout
+    assert "answer 2" in result.stdout and "lengths in words; labels" in result.stdout
+    assert re.search(
+        r"^needs +about \d+ GB of memory on a node, \d+ GB of disk$", result.stdout, re.M
+    )
     assert f"{root}/grpo_tiny_cpu/<timestamp> (new)" in result.stdout
     table = {line.split("  ")[0]: line for line in result.stdout.splitlines()}
     assert table["language model"].endswith("trained")
