@@ -179,6 +179,20 @@ def test_other_recordings_of_the_questions_get_a_folder_of_their_own(
     assert clips == {"data", "noisy"}
 
 
+def test_names_that_a_patch_adds_to_a_package_change_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(folder / "out")
+    answers = evaluate.make_backend
+
+    def patched(*given: Any) -> Any:
+        monkeypatch.setattr(identity, "package_versions", lambda: {"vllm": "0.28.0+cpu"})
+        return answers(*given)
+
+    monkeypatch.setattr(evaluate, "make_backend", patched)
+    assert evaluate_in(folder) == 0
+
+
 def test_weights_replaced_while_rows_are_asked_leave_no_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
