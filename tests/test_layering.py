@@ -210,7 +210,6 @@ for name in {light!r}:
     assert (result.stdout, result.returncode) == ("", 0), result.stdout + result.stderr[-1500:]
 
 
-@pytest.mark.xfail(strict=False, reason="files are being split")
 @pytest.mark.parametrize("folder", ["soundmind", "benchmarks", "tests"])
 def test_no_file_is_longer_than_a_person_can_hold(folder: str) -> None:
     lines = {

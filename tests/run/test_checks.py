@@ -331,53 +331,6 @@ def test_missing_gpus_point_at_the_stand_in(overrides: list[str]) -> None:
     assert any("CONFIG=grpo_tiny_cpu" in problem for problem in found)
 
 
-@pytest.mark.parametrize(
-    ("name", "gigabytes", "fits"),
-    [
-        ("grpo_7b_8gpu", 80, True),
-        ("grpo_7b_8gpu_fast", 80, True),
-        ("reinforce_pp_7b_8gpu", 80, True),
-        ("grpo_7b_lora_1gpu", 80, True),
-        ("grpo_3b_1gpu", 80, True),
-        ("grpo_7b_lora_1gpu", 24, False),
-        ("grpo_3b_1gpu", 40, False),
-        ("grpo_7b_8gpu_fast", 24, False),
-    ],
-)
-def test_a_gpu_that_is_too_small_is_told_before_it_runs_out(
-    monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: int, fits: bool
-) -> None:
-    from soundmind.system import machine
-
-    monkeypatch.setattr(machine, "gpu_memory", lambda: [10**11, gigabytes * 10**9])
-    found = list(checks.gpu_capacity(configured([], name=name)))
-    assert len(found) == (not fits), found
-    assert all(problem.startswith("GPU memory: ") for problem in found)
-    assert all(f"{gigabytes}.0 GB" in problem and "soundmind.plan" in problem for problem in found)
-
-
-def test_usual_adamw_would_not_hold_the_3b(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why that configuration asks for the fused one."""
-    from soundmind.system import machine
-
-    monkeypatch.setattr(machine, "gpu_memory", lambda: [80 * 10**9])
-    setting = "actor_rollout_ref.actor.optim.override_optimizer_config=null"
-    found = list(checks.gpu_capacity(configured([setting], name="grpo_3b_1gpu")))
-    assert any("update" in problem for problem in found), found
-
-
-def test_gpu_memory_is_read_from_the_driver_s_list(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from soundmind.system import machine
-
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 81559\necho '[N/A]'\necho 24564\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert machine.gpu_memory() == [81_559 * 2**20, 24_564 * 2**20]
-
-
 def test_all_problems_are_reported_at_once(overrides: list[str]) -> None:
     found = problems(overrides, "actor_rollout_ref.rollout.n=1", "data.train_files=nowhere.parquet")
     assert len(found) >= 2
