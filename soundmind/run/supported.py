@@ -1,9 +1,9 @@
 """Which of verl's settings this trainer can run, as tables: a key, the values that work, and why.
 
 verl has some nine hundred keys. Many belong to other engines, other rollouts or other trainers, and most
-of those are noticed minutes after the start, in a worker, or never. What is listed here has been run, on
-the stand-in or function by function (tests/run/test_supported.py); what is not listed for a key is
-refused. `ranges` also checks every number that must lie in a range before anyone divides by it.
+of those are noticed minutes after the start, in a worker, or never. Algorithms that are listed
+compute on the fields of a step (tests/run/test_supported.py); other values are those of our configurations
+and tests, or ones that nothing is known against. What is not listed for a key is refused. `ranges` also checks every number that must lie in a range before anyone divides by it.
 """
 
 from __future__ import annotations
