@@ -78,8 +78,6 @@ def require_unchanged(store: Store, options: Options, examples: Sequence[Example
     """StoreError if model, rows or clips are others than when the evaluation began."""
     model = open_model(options.model, speech=options.output_modality == "speech")
     now = describe_settings(options, model, examples, settle(options))
-    # Packages do not change under a process, but a patch lets vLLM's CPU build answer to vLLM's name.
-    now["computed_by"] = store.config["computed_by"]
     if changed := identity_changes(store.config, now):
         raise StoreError(
             f"{store.path}: what was evaluated changed while it ran ({changed}), so its answers mix "
