@@ -3,7 +3,8 @@
 verl has some nine hundred keys. Many belong to other engines, other rollouts or other trainers, and most
 of those are noticed minutes after the start, in a worker, or never. Algorithms that are listed
 compute on the fields of a step (tests/run/test_supported.py); other values are those of our configurations
-and tests, or ones that nothing is known against. What is not listed for a key is refused. `ranges` also checks every number that must lie in a range before anyone divides by it.
+and tests, or ones that nothing is known against. What is not listed for a key is refused. `ranges` also
+checks every number that must lie in a range before anyone divides by it.
 """
 
 from __future__ import annotations
