@@ -47,6 +47,7 @@ LOADS_HEAVY = {
     *("training.micro_batch", "training.model_config", "training.policy", "training.trainer"),
     *("training.shared_prompts", "training.nodes", "standin.warmup"),
     *("training.sft", "training.sft_dataset", "training.algorithms", "training.failures"),
+    *("training.speaking_step", "training.speech", "training.talker_states"),
 }
 
 

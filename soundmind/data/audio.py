@@ -130,7 +130,7 @@ def load_waveform(
     samples = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
     if check_sound:
         _check_sound(blocks, info, name)
-    return _resample(samples, info.sample_rate, sample_rate)
+    return resample(samples, info.sample_rate, sample_rate)
 
 
 def probe_clip(source: str | Path | bytes, *, check_sound: bool = True) -> ClipInfo:
@@ -299,7 +299,7 @@ def _check_sound(blocks: Iterable[Waveform], info: ClipInfo, name: str) -> None:
         raise ClipError("silent-audio", f"{name}: {info.seconds:.1f} s without a sound")
 
 
-def _resample(samples: Waveform, rate: int, target_rate: int) -> Waveform:
+def resample(samples: Waveform, rate: int, target_rate: int) -> Waveform:
     if rate == target_rate:
         return np.ascontiguousarray(samples, dtype=np.float32)
     import soxr

@@ -32,7 +32,7 @@ from soundmind.planning.rules import (
 from soundmind.planning.setup import CARDS, GB, assumptions
 from soundmind.planning.sizes import PUBLISHED, SizeError
 from soundmind.plugin import environment
-from soundmind.run import lora_checks, machine_checks, supported
+from soundmind.run import lora_checks, machine_checks, speech_checks, supported
 from soundmind.run.data_checks import (
     counted_lengths,
     curriculum_rows,
@@ -82,6 +82,7 @@ def find_problems(config: DictConfig) -> Iterator[str]:
     model_problems = list(model_folder(config))
     yield from model_problems
     yield from lora_checks.part_problems(config)
+    yield from speech_checks.speech_problems(config)
     if not model_problems:
         yield from processor_and_prompts(config)
 

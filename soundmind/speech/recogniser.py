@@ -166,8 +166,15 @@ class GrammarRecogniser:
                 f"{name} asks for pocketsphinx: pip install 'soundmind[listen]'"
             ) from error
         self._name, self._digest = name, folder_digest(folder)
-        settings = json.loads((folder / GRAMMAR_FILE).read_text(encoding="utf-8"))
-        model, beam = pocketsphinx.get_model_path(), float(settings["beam"])
+        try:
+            settings = json.loads((folder / GRAMMAR_FILE).read_text(encoding="utf-8"))
+            grammar, phonemes = str(settings["grammar"]), dict(settings["phonemes"])
+            beam = float(settings["beam"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{folder / GRAMMAR_FILE}: expected grammar, phonemes and beam ({error!r})"
+            ) from error
+        model = pocketsphinx.get_model_path()
         self._decoder = pocketsphinx.Decoder(
             hmm=f"{model}/en-us/en-us",
             dict=f"{model}/en-us/cmudict-en-us.dict",
@@ -178,10 +185,10 @@ class GrammarRecogniser:
             pbeam=beam,
             wbeam=beam**0.75,
         )
-        for word, phonemes in settings["phonemes"].items():
+        for word, sounds in phonemes.items():
             if self._decoder.lookup_word(word) is None:
-                self._decoder.add_word(word, phonemes, True)
-        self._decoder.add_jsgf_string("grammar", settings["grammar"])
+                self._decoder.add_word(word, sounds, True)
+        self._decoder.add_jsgf_string("grammar", grammar)
         self._decoder.activate_search("grammar")
 
     def describe(self) -> dict[str, Any]:

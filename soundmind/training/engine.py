@@ -46,8 +46,8 @@ from soundmind.model.parts import (
 from soundmind.model.tokens import response_banned_token_ids
 from soundmind.planning.flops import Trained
 from soundmind.plugin.verl_entry import require_loaded
-from soundmind.training.micro_batch import OmniMicroBatches
 from soundmind.training.policy import as_policy
+from soundmind.training.talker_states import TalkerStates
 from soundmind.training.utilisation import CURRENT_PASS, thinker_flops
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def prefetch_in_order(module: torch.nn.Module) -> None:
 @EngineRegistry.register(
     model_type="omni_thinker", backend=["fsdp", "fsdp2"], device=["cuda", "cpu"]
 )
-class OmniFSDPEngine(OmniMicroBatches):
+class OmniFSDPEngine(TalkerStates):
     """verl's FSDP engine for the thinker of a complete Qwen2.5-Omni folder."""
 
     def initialize(self) -> None:

@@ -4,7 +4,7 @@ Where a step departs from the paper:
 
 1. GRPO with the KL in the loss, as the authors' script runs it; the paper's text says REINFORCE++,
    which is another configuration.
-2. The reward is the paper's for text: rollouts do not speak, so both audio terms drop out.
+2. Without `speech.enable` rollouts do not speak, and both audio terms drop out (`speaking_step`).
 3. A response whose session or score failed reaches no update, nor does a group of one survivor; more
    of them than `train.max_failed_share` end the run with their cause. [ours]
 
@@ -57,6 +57,7 @@ from soundmind.training.algorithms import RecipeTrainer, groups_without_signal
 from soundmind.training.feature_store import clear_spent
 from soundmind.training.metrics_file import MetricsFile
 from soundmind.training.nodes import watch_nodes
+from soundmind.training.speaking_step import SpeakingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def reward_metrics(infos: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 @register_trainer(TRAINER)
-class SoundMindTrainer(RecipeTrainer):
+class SoundMindTrainer(SpeakingTrainer, RecipeTrainer):
     """PPOTrainerSync with what the module lists."""
 
     def __init__(self, config: Any) -> None:
