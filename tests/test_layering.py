@@ -48,6 +48,7 @@ LOADS_HEAVY = {
     *("training.shared_prompts", "training.nodes", "standin.warmup"),
     *("training.sft", "training.sft_dataset", "training.algorithms", "training.failures"),
     *("training.speaking_step", "training.speech", "training.talker_states"),
+    "run.tracked",
 }
 
 

@@ -1,4 +1,4 @@
-"""Memory of a training step and of the rollouts, as arithmetic. No torch needed.
+"""Memory of a training step, as arithmetic. No torch needed.
 
 A step is followed moment by moment: encode, forward, loss, backward layer by layer, optimizer. At
 every moment the bytes alive are listed by part; the peak is the largest of them. The same functions
@@ -19,10 +19,7 @@ from soundmind.planning.flops import Trained
 from soundmind.planning.sizes import AudioSize, OmniSize, TextSize
 
 FP32 = 4
-
-
-# Parts of a moment, in the order in which they are printed.
-STATE_PARTS = ("weights", "gradients", "optimizer")
+ENTROPY_CHUNK = 2048  # positions; verl's `entropy_from_logits_with_chunking`
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,8 @@ class Training:
     `flash`: attention and cross entropy of flash-attention (GPU); otherwise PyTorch's own.
     `fsdp`: weights are gathered layer by layer from `ranks` shards; False: plain PyTorch.
     `banned_tokens`: logits are masked, which costs a copy of their gradient.
+    `scaled_logits`: a temperature other than 1, by which verl divides a view of the logits in place;
+    PyTorch differentiates that through three copies more.
     """
 
     size: OmniSize
@@ -51,6 +50,7 @@ class Training:
     keep_gradients_whole: bool = False  # use_no_sync_for_gradient_accumulation
     optimizer: str = "foreach"  # how AdamW runs: foreach (PyTorch's choice on GPUs), loop or fused
     banned_tokens: bool = True
+    scaled_logits: bool = False
     vision: bool = False  # whether the (frozen) vision tower is in memory
 
 
@@ -276,18 +276,28 @@ def training_moments(
         gathered=_gathered(setup, head, prefetch=False),
     )
     gradients = shard(head_values, setup.ranks) * backwards
-    head_gradient = _whole_gradient(setup, head_values)
+    computed = _computed_gradient(setup, head_values)
+    sent = _sent_gradient(setup, head_values)
+    # The head's gradient is computed beside the logits, sent once they are gone, and stays until the
+    # next module has its own: FSDP2 waits for one reduction at a time.
+    ahead = layer_gather // 2 if setup.ranks > 1 and setup.reshard_after_forward else 0
     yield moment(
         "head backward",
-        gradients,
+        0 if setup.fsdp else gradients,
         audio_activations=kept_audio,
         activations=kept_text + boundary,
         logits=head_copies(setup) * logits,
-        gathered=_gathered(setup, head) + head_gradient,
+        gathered=_gathered(setup, head, prefetch=False) + ahead + computed,
+    )
+    yield moment(
+        "head reduced",
+        gradients,
+        audio_activations=kept_audio,
+        activations=kept_text + boundary,
+        gathered=ahead + computed + sent,
     )
     # 4. Back through the layers: each frees what it saved, and leaves a shard of its gradient.
     working = decoder_backward_bytes(text, batch.tokens, compute)
-    layer_gradient = _whole_gradient(setup, layer_values)
     for index in range(text.layers, 0, -1):
         gradients += shard(layer_values, setup.ranks) * backwards
         kept = saved_per_layer * index + around + rotary_and_mask
@@ -296,8 +306,9 @@ def training_moments(
             gradients,
             audio_activations=kept_audio,
             activations=kept + recomputed + working,
-            gathered=layer_gather + layer_gradient,
+            gathered=layer_gather + _computed_gradient(setup, layer_values) + sent,
         )
+        sent = _sent_gradient(setup, layer_values)
     if not lora and not text.tied:
         gradients += shard(head, setup.ranks) * backwards
         yield moment(
@@ -305,7 +316,7 @@ def training_moments(
             gradients,
             audio_activations=kept_audio,
             activations=2 * boundary,
-            gathered=_whole_gradient(setup, head),
+            gathered=_computed_gradient(setup, head) + _sent_gradient(setup, head),
         )
     # 5. Back through the ears, where anything of them is trained.
     if tower_backward and batch.clips:
@@ -320,7 +331,9 @@ def training_moments(
                     f"audio layer {index} backward",
                     gradients,
                     audio_activations=stem + saved_per_encoder * index + again + encoder_working,
-                    gathered=encoder_gather + _whole_gradient(setup, audio.layer_parameters),
+                    gathered=encoder_gather
+                    + _computed_gradient(setup, audio.layer_parameters)
+                    + _sent_gradient(setup, audio.layer_parameters),
                 )
     # 6. Adam, with every gradient and nothing of the passes.
     yield moment("optimizer", all_gradients, optimizer_temporary=optimizer_temporary(setup))
@@ -346,7 +359,7 @@ def optimizer_temporary(setup: Training) -> int:
 def forward_moments(setup: Training, batch: MicroBatch, entropy: bool) -> Iterator[Moment]:
     """The moments of a forward without gradients: log-probabilities, old or of the reference.
 
-    `entropy`: verl also takes the entropy of the old policy, compiled into one pass on GPUs.
+    `entropy`: verl also takes the entropy of the old policy, on GPUs in chunks of positions.
     """
     size, compute = setup.size, setup.compute_bytes
     text = size.text
@@ -371,12 +384,14 @@ def forward_moments(setup: Training, batch: MicroBatch, entropy: bool) -> Iterat
     logits = logits_bytes(text, batch.logit_positions, compute)
     copies = 1 if setup.flash else 2
     copies += 0 if not entropy or setup.flash else 2
+    # In fp32: a chunk of the logits, its softmax, and their product.
+    chunk = min(ENTROPY_CHUNK, batch.logit_positions) if entropy and setup.flash else 0
     yield Moment(
         "loss",
         {
             **states,
             "activations": 2 * batch.tokens * text.hidden * compute,
-            "logits": copies * logits,
+            "logits": copies * logits + 3 * logits_bytes(text, chunk, FP32),
             "gathered": _gathered(setup, text.embedding_parameters, prefetch=False),
         },
     )
@@ -394,6 +409,8 @@ def training_peak(setup: Training, batch: MicroBatch, micro_batches: int = 1) ->
 
 def loss_copies(setup: Training) -> int:
     """Tensors of the logits' size alive while log-probabilities are taken and differentiated."""
+    if setup.flash and setup.scaled_logits:
+        return 4
     if setup.flash:
         return 2 if setup.banned_tokens else 1  # its gradient overwrites the logits
     return 4  # logits, exponentials, and the gradients through the sum and through the choice
@@ -413,38 +430,17 @@ def _gathered(setup: Training, values: int, prefetch: bool = True) -> int:
     return values * setup.compute_bytes * (2 if prefetch and setup.ranks > 1 else 1)
 
 
-def _whole_gradient(setup: Training, values: int) -> int:
-    """Bytes of a module's gradient before it is reduced to shards: computed, and as sent."""
-    if not setup.fsdp:
-        return 0
-    return values * (setup.compute_bytes + setup.reduce_bytes)
+def _computed_gradient(setup: Training, values: int) -> int:
+    """Bytes of a module's whole gradient as it is computed."""
+    return values * setup.compute_bytes if setup.fsdp else 0
+
+
+def _sent_gradient(setup: Training, values: int) -> int:
+    """Bytes of a module's whole gradient as it is reduced to shards."""
+    return values * setup.reduce_bytes if setup.fsdp else 0
 
 
 def _input_bytes(setup: Training, batch: MicroBatch) -> int:
     """Features in fp32 with their mask, token ids and positions."""
     frames = sum(batch.clips)
     return frames * (setup.size.audio.mel_bins * FP32 + 8) + batch.tokens * 8 * 6
-
-
-# --- rollouts -------------------------------------------------------------------------------------
-
-
-def kv_bytes_per_token(text: TextSize, cache_bytes: int = 2) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * text.layers * text.kv_width * cache_bytes
-
-
-def rollout_weights(size: OmniSize, ranks: int = 1, bytes_per_value: int = 2) -> int:
-    """vLLM's weights on one of `ranks` tensor-parallel GPUs: thinker without vision."""
-    audio = size.audio.tower_parameters + size.audio.projector_parameters
-    return shard(size.text.parameters + audio, ranks) * bytes_per_value
-
-
-def rollout_activations(size: OmniSize, batched_tokens: int, sequences: int) -> int:
-    """vLLM's largest working set: one layer of a full batch of tokens, and logits in fp32.
-
-    Logits are for one position a sequence, twice: as computed and as processed for sampling.
-    """
-    text = size.text
-    layer = batched_tokens * (2 * text.intermediate + 4 * text.hidden) * 2
-    return layer + 2 * sequences * text.vocab * FP32

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from soundmind.data.audio import AUDIO_TOKENS_PER_SECOND, MEL_FRAMES_PER_SECOND
-from soundmind.planning import flops, memory, rules
+from soundmind.planning import flops, memory, rollouts, rules
 from soundmind.planning.disk import disk_space
 from soundmind.planning.memory import MicroBatch, Training
 from soundmind.planning.setup import (
@@ -142,7 +142,7 @@ def phases(config: DictConfig, setup: Training, card: Card, clip_tokens: int) ->
     text = setup.size.text
     tensor = text.embedding_parameters * max(setup.weight_bytes, 2)
     bucket = int(rollout.checkpoint_engine.update_weights_bucket_megabytes) * 2**20
-    served = memory.rollout_weights(setup.size, int(rollout.tensor_model_parallel_size))
+    served = rollouts.rollout_weights(setup.size, int(rollout.tensor_model_parallel_size))
     yield Phase(
         "weights to vLLM",
         "embedding table",
@@ -166,10 +166,10 @@ def kv_cache(config: DictConfig, size: OmniSize, card: Card) -> int:
     rollout = config.actor_rollout_ref.rollout
     share = int(rollout.gpu_memory_utilization * card.memory)
     ranks = int(rollout.tensor_model_parallel_size)
-    working = memory.rollout_activations(
+    working = rollouts.rollout_activations(
         size, int(rollout.max_num_batched_tokens), int(rollout.max_num_seqs)
     )
-    return share - memory.rollout_weights(size, ranks) - working
+    return share - rollouts.rollout_weights(size, ranks) - working
 
 
 def host_memory(config: DictConfig, setup: Training, assumed: Assumptions) -> dict[str, int]:
@@ -240,8 +240,8 @@ def step_seconds(
     sequences = min(ceil(responses / replicas), int(rollout.max_num_seqs))
     rounds = ceil(responses / replicas / sequences)
     context = assumed.prompt_tokens + assumed.response_tokens / 2
-    read = memory.rollout_weights(size, int(rollout.tensor_model_parallel_size))
-    read += int(sequences * context * memory.kv_bytes_per_token(size.text))
+    read = rollouts.rollout_weights(size, int(rollout.tensor_model_parallel_size))
+    read += int(sequences * context * rollouts.kv_bytes_per_token(size.text))
     token_seconds = read / (card.bandwidth * assumed.decode_share)
     longest = min(
         assumed.response_tokens * assumed.longest_answer, int(config.data.max_response_length)
@@ -267,7 +267,7 @@ def step_seconds(
         2 * state if fsdp.optimizer_offload else 0
     )
     seconds["offloading"] = moved / assumed.host_link
-    seconds["weights to vLLM"] = memory.rollout_weights(size) / assumed.host_link
+    seconds["weights to vLLM"] = rollouts.rollout_weights(size) / assumed.host_link
     seconds["other"] = assumed.overhead_seconds
     return seconds
 
@@ -322,7 +322,7 @@ def make_plan(config: DictConfig, name: str, card: Card, assumed: Assumptions) -
         clip_tokens = max(0, int(config.data.max_prompt_length) - assumed.prompt_text_tokens)
     reserve = int(RESERVE_SHARE * card.memory)
     cache = kv_cache(config, size, card)
-    kv_tokens = max(0, cache) // memory.kv_bytes_per_token(size.text)
+    kv_tokens = max(0, cache) // rollouts.kv_bytes_per_token(size.text)
     kv_tokens *= int(config.actor_rollout_ref.rollout.tensor_model_parallel_size)
     rows, source = rows_of(config.data.train_files, "train")
     per_epoch = rows // int(config.data.train_batch_size)

@@ -153,6 +153,7 @@ def training_setup(config: DictConfig, size: OmniSize) -> Training:
         reshard_after_forward=bool(fsdp.reshard_after_forward),
         keep_gradients_whole=bool(fsdp.get("use_no_sync_for_gradient_accumulation", False)),
         optimizer=optimizer_kind(config),
+        scaled_logits=float(config.actor_rollout_ref.rollout.temperature) != 1.0,
     )
 
 

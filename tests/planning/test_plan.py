@@ -13,7 +13,7 @@ import pytest
 from processes import REPOSITORY
 
 from soundmind import plan
-from soundmind.planning import memory, sizes
+from soundmind.planning import memory, rollouts, sizes
 from soundmind.planning import plan as planning_plan
 from soundmind.planning.flops import Trained
 from soundmind.planning.memory import MicroBatch, Training
@@ -91,8 +91,8 @@ def test_what_saves_memory_does() -> None:
 
 
 def test_key_value_cache_by_hand() -> None:
-    assert memory.kv_bytes_per_token(SEVEN.text) == 2 * 28 * 4 * 128 * 2
-    assert memory.kv_bytes_per_token(sizes.QWEN2_5_OMNI_3B.text) == 2 * 36 * 2 * 128 * 2
+    assert rollouts.kv_bytes_per_token(SEVEN.text) == 2 * 28 * 4 * 128 * 2
+    assert rollouts.kv_bytes_per_token(sizes.QWEN2_5_OMNI_3B.text) == 2 * 36 * 2 * 128 * 2
 
 
 @pytest.mark.parametrize("border", [0, 1, 77, 1000])
