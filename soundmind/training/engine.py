@@ -102,6 +102,16 @@ def prefetch_in_order(module: torch.nn.Module) -> None:
         unit.set_modules_to_forward_prefetch([following])
 
 
+def add_in_one_order() -> None:
+    """Let the CPU add gradients in the same order every time, so that one seed is one run.
+
+    Where responses share a prompt, its last position is wanted once a response, and threads would add
+    up the gradients of those as they come.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for faults, not needed
+
+
 @EngineRegistry.register(
     model_type="omni_thinker", backend=["fsdp", "fsdp2"], device=["cuda", "cpu"]
 )
@@ -115,6 +125,7 @@ class OmniFSDPEngine(TalkerStates):
             # In `sync` mode nothing else runs while the actor trains, so it may use all cores.
             threads = os.environ.get("SOUNDMIND_ACTOR_THREADS")
             torch.set_num_threads(int(threads) if threads else self._cores_per_rank())
+            add_in_one_order()
         super().initialize()
 
     @staticmethod

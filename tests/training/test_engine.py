@@ -142,3 +142,27 @@ def test_a_text_batch_gives_the_audio_tower_zero_gradients(one_rank: dict[str, A
 
 def test_the_vision_tower_is_not_loaded(one_rank: dict[str, Any]) -> None:
     assert not [name for name in one_rank["mixed"]["gradients"] if "visual" in name]
+
+
+def test_gradients_of_a_position_that_many_want_are_the_same_every_time() -> None:
+    from soundmind.training.engine import add_in_one_order
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4000, 128, generator=generator)
+    wanted = torch.randint(0, 50, (2000,), generator=generator)
+    upstream = torch.randn(2000, 128, generator=generator)
+
+    def gradient() -> Any:
+        leaf = hidden.clone().requires_grad_()
+        leaf[wanted].backward(upstream)
+        return leaf.grad
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    add_in_one_order()
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
