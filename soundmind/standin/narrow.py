@@ -77,7 +77,6 @@ def _config_faults(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     try:
         thinker = config["thinker_config"]
         vocabulary = int(thinker["text_config"]["vocab_size"])
-        placeholder = int(thinker["audio_token_index"])
         narrow_config(config, None)
     except (KeyError, TypeError) as error:
         yield (
@@ -110,16 +109,6 @@ def _config_faults(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{folder}: the tokenizer knows {len(tokenizer):,} tokens and the head has "
             f"{vocabulary:,} rows; the files are of different models, fetch them again"
-        )
-    content = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "Well?"}]
-    rendered = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    found = tokenizer(rendered)["input_ids"].count(placeholder)
-    if found != 1:
-        yield (
-            f"{folder / 'chat_template.json'} renders {found} audio placeholders for one clip; "
-            "take the published template"
         )
 
 

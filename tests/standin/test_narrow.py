@@ -81,9 +81,9 @@ def test_a_tokenizer_larger_than_the_head_is_refused(copied: Path) -> None:
     assert "151,665" in fault and "151,600" in fault
 
 
-@pytest.mark.parametrize(("placeholders", "count"), [("", 0), ("<|AUDIO|><|AUDIO|>", 2)])
+@pytest.mark.parametrize("placeholders", ["", "<|AUDIO|><|AUDIO|>"])
 def test_a_template_without_exactly_one_placeholder_a_clip_is_refused(
-    copied: Path, placeholders: str, count: int
+    copied: Path, placeholders: str
 ) -> None:
     for name in ("chat_template.json", "tokenizer_config.json"):
 
@@ -93,7 +93,7 @@ def test_a_template_without_exactly_one_placeholder_a_clip_is_refused(
 
         rewrite(copied / name, change)
     (fault,) = narrow.small_file_faults(copied)
-    assert f"renders {count} audio placeholders" in fault
+    assert "chat template" in fault and "placeholder" in fault
 
 
 def test_a_narrow_model_has_the_published_names_files_heads_and_vocabulary(
