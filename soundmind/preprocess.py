@@ -35,8 +35,6 @@ _DROP_OVERLAP: dict[str, Any] = {
     "help": "leave rows out of train (then dev) whose question, or major premise, is in a later "
     "split; test always stays whole",
 }
-
-
 _TOKENIZER_HELP = (
     "checkpoint folder or Hub id whose tokens are counted, or `none` "
     f"(default: checkpoints/tiny for practice, else {BASE_MODEL} if at hand)"

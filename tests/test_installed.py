@@ -13,6 +13,7 @@ import pytest
 from processes import REPOSITORY, clean_environment
 from saved_evaluation import save, saved_line
 
+CONFIGS = REPOSITORY / "configs"
 COMMANDS = sorted(
     path.stem
     for path in (REPOSITORY / "soundmind").glob("[a-z]*.py")
@@ -96,6 +97,9 @@ def test_a_wheel_brings_its_configurations(python: Path, tmp_path: Path) -> None
     assert result.returncode == 2, result.stdout + result.stderr
     assert "train.parquet not found" in result.stderr
     assert "Traceback" not in result.stderr
+    brought = python.parents[1] / "share/soundmind/configs"
+    wanted = {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")}
+    assert {path.relative_to(brought) for path in brought.rglob("*.yaml")} == wanted
 
 
 def test_a_wheel_finds_the_template_of_an_evaluation_s_page(python: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from soundmind.data import audio
 from soundmind.data.audio import ClipError, ClipInfo, num_audio_tokens, probe_clip
+from soundmind.data.columns import row_schema
 from soundmind.data.sources import Candidate, Fault, RawLine, SplitSource, read_candidate
 from soundmind.data.token_count import TokenCounter
 from soundmind.task import labels, prompts
@@ -29,7 +30,6 @@ from soundmind.task.schema import ABILITY, DATA_SOURCES, Mode, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
-from soundmind.data.columns import row_schema
 
 CHUNK_LINES = 256
 

@@ -22,8 +22,6 @@ from soundmind.task.labels import VERDICTS
 from soundmind.task.schema import MODES
 
 COLUMNS = ("data_source", "prompt", "reward_model", "extra_info", "audio")
-
-
 INFO_KEYS = ("id", "split", "mode", "label", "question_seconds", "audio_tokens")
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soundmind.evaluation.metrics import NO_VERDICT, is_correct
+from soundmind.evaluation.tables import PRACTICE, floor_text, percent, range_text
 from soundmind.task.labels import VERDICTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from soundmind.evaluation.tables import PRACTICE, floor_text, percent, range_text
 
 HISTOGRAM_BINS = 30
 

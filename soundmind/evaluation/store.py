@@ -30,8 +30,6 @@ from soundmind.system.errors import UserError
 from soundmind.system.files import try_lock, write_text
 
 PREDICTIONS = "predictions.jsonl"
-
-
 CONFIG = "config.yaml"
 
 

@@ -33,8 +33,6 @@ from soundmind.system.machine import gpu_names
 OTHER_MODEL_PROMPT = (
     8192  # tokens kept for the prompt of a model whose placeholders we cannot count
 )
-
-
 _OUT_OF_MEMORY = ("out of memory", "no available memory", "larger than the available kv cache")
 
 

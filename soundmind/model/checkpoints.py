@@ -27,17 +27,9 @@ from soundmind.system.errors import UserError
 from soundmind.system.files import write_text
 
 COMPLETE = "complete.json"
-
-
 WRITING = ".writing"
-
-
 TRACKER = "latest_checkpointed_iteration.txt"
-
-
 _STEP = re.compile(r"global_step_(\d+)")
-
-
 _SAMPLE_BYTES = 256  # of each tensor's start and middle
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 
 EXPORT_RECORD = "export.json"
-
-
 ADAPTER_FOLDER = "adapter"
 
 

@@ -64,7 +64,6 @@ _PLAIN_OPTIONS = {
     "device": ("cpu", None),
 }
 
-
 # The window of the Omni processor, in samples. Whisper's own families hear 30 s, and their encoders
 # want all of it: Qwen2-Audio, a recogniser.
 OMNI_WINDOW = 300 * 16_000

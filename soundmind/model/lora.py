@@ -27,18 +27,10 @@ if TYPE_CHECKING:
 
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 _MATRIX = re.compile(r"\.lora_([AB])(?:\.default)?\.weight$")
-
-
 # Settings of PEFT under which a layer computes something else than W x + alpha / r B A x.
 _PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "fan_in_fan_out": False}
-
-
 _EMPTY = ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
 
 

@@ -25,16 +25,9 @@ from typing import Any
 from soundmind.model.folder import folder_shapes
 
 PARTS = ("language_model", "projector", "audio_tower", "vision", "talker", "vocoder")
-
-
 NOT_LOADED = ("vision", "talker", "vocoder")
-
-
 THINKER_PREFIX = "thinker."
-
-
 ADAPTER_PREFIX = "base_model.model."  # what PEFT puts before every name of the model it wraps
-
 
 # First match counts; names without `thinker.`.
 _PREFIXES = (
@@ -46,8 +39,6 @@ _PREFIXES = (
     ("model.", "language_model"),
     ("lm_head.", "language_model"),
 )
-
-
 # Linear layers of the language model by their names in the thinker. The audio tower's layers have
 # `q_proj`, `k_proj` and `v_proj` too, so PEFT's `all-linear` or a plain list would reach into it.
 LANGUAGE_MODEL_LINEARS = (

@@ -30,11 +30,7 @@ from dataclasses import dataclass
 from soundmind.planning.sizes import AudioSize, OmniSize, TextSize
 
 FULL_TRAINING = 3  # forward, gradient of the input, gradient of the weight
-
-
 ACTIVATION_ONLY = 2  # forward and gradient of the input: weights that LoRA keeps fixed
-
-
 FROZEN = 1  # forward
 
 

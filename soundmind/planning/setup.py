@@ -17,8 +17,6 @@ from soundmind.planning.sizes import OmniSize
 GB = 10**9
 # Rows of the published splits (paper, table 3), used where the Parquet is not there yet. [paper]
 PUBLISHED_ROWS = {"train": 5184, "dev": 606, "test": 656}
-
-
 PUBLISHED_SECONDS = 62.33  # mean length of a training question (paper, table 3) [paper]
 # Mean text of a prompt by its mode, in tokens of the published tokenizer: system line, instruction and
 # chat marks, and the written question where there is one (201 on average). Measured on the 606 dev

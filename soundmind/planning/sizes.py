@@ -157,7 +157,6 @@ QWEN2_5_OMNI_7B = OmniSize(
     folder_bytes=2 * (8_931_813_888 + 1_351_360_256) + 4 * 449_051_264 + 128,
 )
 
-
 QWEN2_5_OMNI_3B = OmniSize(
     name="Qwen2.5-Omni-3B",
     text=TextSize(hidden=2048, layers=36, heads=16, kv_heads=2, intermediate=11008, vocab=151_936),
@@ -166,7 +165,6 @@ QWEN2_5_OMNI_3B = OmniSize(
     source="Qwen/Qwen2.5-Omni-3B; its published config.json and index",
     folder_bytes=11_972_343_936,
 )
-
 
 PUBLISHED = {size.name: size for size in (QWEN2_5_OMNI_7B, QWEN2_5_OMNI_3B)}
 

@@ -13,16 +13,9 @@ from collections.abc import MutableMapping
 from importlib.metadata import entry_points
 
 SELECTED = "SOUNDMIND_SELECTED"  # "1" in every process of a SoundMind run
-
-
 KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's; whole GiB
-
-
 IN_ENGINE = "VLLM_ENABLE_V1_MULTIPROCESSING"  # vLLM's; "0" lets the model into the engine's process
-
-
 PLATFORM = "VERL_PLATFORM"  # verl's own variable; "cpu" selects our CPU platform
-
 
 # What pyproject.toml registers; another process finds us by these alone.
 ENTRY_POINTS = {

@@ -44,8 +44,6 @@ from soundmind.run.lora_checks import lora_targets
 from soundmind.system.errors import UserError
 
 VERL_VERSION = "0.9.1"
-
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soundmind.task.reward_settings import COMPONENTS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 from soundmind.run.records import (
     CORRELATION,
     PROBABILITY_GAP,
@@ -17,6 +12,11 @@ from soundmind.run.records import (
     read_metrics,
     read_validations,
 )
+from soundmind.task.reward_settings import COMPONENTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # --- curves ---------------------------------------------------------------------------------------
 

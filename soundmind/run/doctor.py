@@ -16,8 +16,6 @@ from soundmind.system import machine as system_machine
 from soundmind.system.files import REPOSITORY
 
 VERL = "0.9.1"
-
-
 SETUP = "bash scripts/setup.sh"
 
 

@@ -14,8 +14,6 @@ from soundmind.task.labels import VERDICTS
 from soundmind.task.lenient import read_leniently
 
 CORRELATION = "training/rollout_actor_probs_pearson_corr"
-
-
 PROBABILITY_GAP = "training/rollout_probs_diff_max"
 
 

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soundmind.model.processor import CHAT_TEMPLATE
 from soundmind.standin import syllogism
+from soundmind.system.files import replace_folder
 from soundmind.task import prompts
 
 if TYPE_CHECKING:
     from transformers import Qwen2TokenizerFast
-from soundmind.model.processor import CHAT_TEMPLATE
-from soundmind.system.files import replace_folder
 
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"

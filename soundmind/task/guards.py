@@ -25,23 +25,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NATURAL_NOVELTY = 0.65  # from here up, length counts in full
-
-
 TWICE = 0.5  # from here down, only the distinct part of the length counts
-
-
 LOOP_NOVELTY = 0.3  # below it, the thinking is a loop
-
-
 LOOP_MIN_CHARACTERS = 40  # too little text to call anything a loop
-
-
 MAX_UNITS = 8192  # words read for the estimate; the longest dev annotation has 5,045
-
-
 TAPER_START, TAPER_END = 2.0, 4.0  # multiples of the reference length
-
-
 CHARACTERS_PER_WORD = 24  # a longer mean is no spaced script; English reasoning has 5 to 7
 
 

@@ -22,7 +22,6 @@ SYSTEM = (
     "perceiving auditory and visual inputs, as well as generating text and speech."
 )
 
-
 # [ours] in wording, [release] in what is demanded: inner monologue first, think tags, a closing
 # answer line whatever the output modality, and the warning that nothing else counts.
 INSTRUCTIONS: dict[Task, str] = {

@@ -54,7 +54,6 @@ from soundmind.task.reward_settings import LengthUnit, Plugin, Reward, resolve
 
 logger = logging.getLogger(__name__)
 
-
 # What a dumped rollout must carry besides the components to be graded again by any preset.
 ROW_KEYS = (
     "reference_tokens",

@@ -13,28 +13,15 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict, get_args
 
 Mode = Literal["audio", "text", "dual"]
-
-
 Split = Literal["train", "dev", "test"]
-
-
 Task = Literal["alr", "practice"]
 
-
 MODES: tuple[Mode, ...] = get_args(Mode)
-
-
 SPLITS: tuple[Split, ...] = get_args(Split)  # dev selects, test is only reported
-
-
 TASKS: tuple[Task, ...] = get_args(Task)
 
-
 DATA_SOURCES: dict[Task, str] = {"alr": "soundmind/alr", "practice": "soundmind/practice"}
-
-
 ABILITY = "logic"
-
 
 # Key of the Parquet schema metadata under which preprocessing leaves what a reader needs beside
 # the rows: data root relative to the file, tokenizer, task. A JSON object, see soundmind.training.dataset.

@@ -46,10 +46,7 @@ from soundmind.training import failures, feature_store
 
 logger = logging.getLogger(__name__)
 
-
 AGENT_LOOP = "soundmind_audio"
-
-
 ROW = "row"  # what a saved response needs to be scored again, as JSON (see trainer.py)
 VALIDATE = "validate"  # from the loop to the worker's `_compute_score`
 

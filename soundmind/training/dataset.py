@@ -44,11 +44,7 @@ from soundmind.data.pass_rates import ORDERS, curriculum
 from soundmind.data.rows import CLIP_COLUMN, read_rows, with_clip
 
 logger = logging.getLogger(__name__)
-
-
 LENGTH_SLACK = 8  # tokens; nearer than this to the limit a prompt is measured, not added up
-
-
 _CHECKED_ROWS = 8  # rows on which the stored numbers are compared with the real prompt
 
 

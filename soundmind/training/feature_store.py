@@ -23,17 +23,9 @@ import transfer_queue as tq
 from verl.utils.torch_dtypes import PrecisionType
 
 PARTITION = "features"
-
-
 TRAIN = "train"  # verl's partition of prompts and rollouts
-
-
 CLIP_KEY = "clip_key"  # in `multi_modal_inputs`: the prompt whose clips a rollout heard
-
-
 STEP = "clip_step"  # beside it: the step that stored them
-
-
 SECONDS, BYTES = "encode_seconds", "feature_bytes"  # in a stored entry's tag
 
 

@@ -29,8 +29,6 @@ from soundmind.plugin.verl_entry import require_loaded
 from soundmind.training import engine  # noqa: F401 - registers the engine for "omni_thinker"
 
 MODEL_TYPE = "omni_thinker"  # verl's key for the engine; `actor_rollout_ref.model.model_type`
-
-
 THINKER_CLASS = "Qwen2_5OmniThinkerForConditionalGeneration"
 
 

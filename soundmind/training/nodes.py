@@ -20,7 +20,6 @@ import ray
 
 logger = logging.getLogger(__name__)
 
-
 INTERVAL = 3.0  # seconds between looks; Ray itself takes about 15 to give a machine up
 
 

@@ -61,10 +61,7 @@ from soundmind.training.speaking_step import SpeakingTrainer
 
 logger = logging.getLogger(__name__)
 
-
 TRAINER = "soundmind_sync"  # `trainer.v1.trainer_mode`
-
-
 # Numbers of the reward's dict that are not components of it.
 RATES = {"acc": "accuracy", "parsed": "parsed", "reward_error": "error"}
 
