@@ -128,6 +128,47 @@ def run(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[st
     }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, from its start to its end in one launch."""
+    root, log = tmp_path_factory.mktemp("undisturbed"), tmp_path_factory.mktemp("log") / "log"
+    process = launch([*command, f"run.root='{root}'", "run.export=false"], log)
+    try:
+        process.wait(LAUNCH_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    assert process.returncode == 0, log.read_text()[-4000:]
+    return next((root / "grpo_tiny_cpu").iterdir())
+
+
+# What a clock, the machine or the number of requests beside one decides.
+MOVES = ("timing", "perf/", "actor/perf/", "features/seconds", "training/rollout_", "rollout_corr/")
+
+
+def test_a_killed_and_resumed_run_is_the_undisturbed_one(
+    run: dict[str, Any], undisturbed: Path
+) -> None:
+    """Metrics, rollouts and final weights: one seed is one run, whatever happens in between."""
+    from soundmind.model.export import find_checkpoint, load_sharded_state
+
+    for line, other in zip(
+        run["metrics"], map(json.loads, (undisturbed / "metrics.jsonl").open()), strict=True
+    ):
+        assert line.keys() == other.keys()
+        moved = [k for k in line if line[k] != other[k] and not k.startswith(MOVES)]
+        assert moved == [], f"step {line['step']}"
+    for step in range(1, STEPS + 1):
+        name = f"rollouts/{step}.jsonl"
+        assert (run["folder"] / name).read_text() == (undisturbed / name).read_text()
+    mine, theirs = (
+        load_sharded_state(find_checkpoint(folder) / "actor")
+        for folder in (run["folder"], undisturbed)
+    )
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
 def test_the_second_launch_continues_in_the_same_folder(run: dict[str, Any]) -> None:
     assert list(run["folder"].parent.iterdir()) == [run["folder"]]
     assert f"continued from step {run['killed_at']}" in run["output"]
