@@ -69,11 +69,13 @@ def test_rows_of_the_head_without_a_token_are_banned(
     assert added == set(range(len(tokenizer), len(tokenizer) + SPARE_ROWS))
 
 
-def test_trainer_and_vllm_agree_on_a_head_with_spare_rows(
-    spare_rows_stand_in: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def answers(
+    spare_rows_stand_in: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What vLLM says of a head with spare rows; see tests/support/vllm_check.py."""
     pytest.importorskip("vllm")
-    output = tmp_path / "vllm.json"
+    output = tmp_path_factory.mktemp("vllm") / "rows.json"
     command = [sys.executable, "-W", "ignore", str(REPOSITORY / "tests/support/vllm_check.py")]
     command += ["--model", str(spare_rows_stand_in), "--output", str(output)]
     result = subprocess.run(
@@ -85,6 +87,19 @@ def test_trainer_and_vllm_agree_on_a_head_with_spare_rows(
         timeout=600,
     )
     assert output.exists(), result.stderr[-4000:]
-    rows = json.loads(output.read_text())
-    assert max(row["largest_token"] for row in rows) < len(tokenizer)
-    assert max(row["log_prob_gap"] for row in rows) < 1e-5
+    rows: list[dict[str, Any]] = json.loads(output.read_text())
+    return rows
+
+
+def test_trainer_and_vllm_agree_on_a_head_with_spare_rows(
+    answers: list[dict[str, Any]], tokenizer: Any
+) -> None:
+    assert max(max(row["response"]) for row in answers) < len(tokenizer)
+    assert max(row["log_prob_gap"] for row in answers) < 1e-5
+
+
+def test_a_seeded_response_is_the_same_beside_others_and_from_a_prompt_in_pieces(
+    answers: list[dict[str, Any]],
+) -> None:
+    assert [row["response_beside_others"] for row in answers] == [r["response"] for r in answers]
+    assert len({tuple(row["response"]) for row in answers}) == len(answers)

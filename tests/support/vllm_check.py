@@ -2,8 +2,9 @@
 
     python tests/support/vllm_check.py --model DIR --output result.json
 
-For clips of several lengths: the prompt tokens that vLLM reports and the trainer counts,
-and the largest difference of log-probabilities between vLLM and the policy's forward.
+For clips of several lengths: the prompt tokens that vLLM reports and the trainer counts, the largest
+difference of log-probabilities between vLLM and the policy's forward, and whether a seeded response
+is the same beside others; the longest prompt is computed in pieces.
 """
 
 from __future__ import annotations
@@ -65,18 +66,18 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=4096,
         max_num_seqs=4,
-        max_num_batched_tokens=4096,
+        max_num_batched_tokens=2048,
         limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
     )
-    sampling = SamplingParams(
-        max_tokens=RESPONSE_TOKENS,
-        temperature=1.0,
-        logprobs=0,
-        ignore_eos=True,
-        logit_bias=dict.fromkeys(banned, BANNED_LOGIT_BIAS),
-    )
+    bias = dict.fromkeys(banned, BANNED_LOGIT_BIAS)
+    shared: dict[str, Any] = {"max_tokens": RESPONSE_TOKENS, "temperature": 1.0, "logprobs": 0}
+    sampling = {
+        seconds: SamplingParams(**shared, ignore_eos=True, logit_bias=bias, seed=int(10 * seconds))
+        for seconds in SECONDS
+    }
+    requests: dict[float, Any] = {}
     messages = build_messages("audio", "", "clip", "practice")
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
@@ -84,12 +85,12 @@ def main() -> None:
     for seconds in SECONDS:
         inputs = processor(text=[text], audio=[clip(seconds)], return_tensors="pt")
         prompt = inputs["input_ids"][0].tolist()
-        request = {
+        request = requests[seconds] = {
             "prompt_token_ids": collapse_placeholders(prompt, audio_token_id),
             "multi_modal_data": {"audio": [clip(seconds)]},
             "mm_processor_kwargs": {"sampling_rate": 16_000},
         }
-        result = engine.generate([request], sampling, use_tqdm=False)[0]
+        result = engine.generate([request], sampling[seconds], use_tqdm=False)[0]
         response = list(result.outputs[0].token_ids)
         steps = zip(response, result.outputs[0].logprobs, strict=True)
         rollout = torch.tensor([step[token].logprob for token, step in steps])
@@ -107,10 +108,17 @@ def main() -> None:
                 "seconds": seconds,
                 "trainer_tokens": len(prompt),
                 "vllm_tokens": len(result.prompt_token_ids),
-                "largest_token": max(response),
+                "response": response,
                 "log_prob_gap": float((rollout - trainer).abs().max()),
             }
         )
+    engine.reset_prefix_cache()
+    order = SECONDS[::-1]
+    together = engine.generate(
+        [requests[seconds] for seconds in order], [sampling[seconds] for seconds in order]
+    )
+    for row, result in zip(reversed(rows), together, strict=True):
+        row["response_beside_others"] = list(result.outputs[0].token_ids)
     arguments.output.write_text(json.dumps(rows))
 
 
