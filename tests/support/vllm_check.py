@@ -4,7 +4,7 @@
 
 For clips of several lengths: the prompt tokens that vLLM reports and the trainer counts, the largest
 difference of log-probabilities between vLLM and the policy's forward, and whether a seeded response
-is the same beside others; the longest prompt is computed in pieces.
+is the same beside others, some of them computed in pieces.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=4096,
         max_num_seqs=4,
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=3072,
         limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
