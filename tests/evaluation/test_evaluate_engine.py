@@ -46,6 +46,7 @@ def write_faulty_rows(source: Path, target: Path, write_clip: Any) -> None:
         rows[index]["audio"]["path"] = clip
         for part in rows[index]["prompt"][-1]["content"]:
             part["path"] = clip if part["type"] == "audio" else None
+    rows[3]["extra_info"]["question_seconds"] = 301.0  # or the file would be of other clips
     pq.write_table(type(table).from_pylist(rows, table.schema), target)
 
 
