@@ -208,7 +208,8 @@ class SpeakingWorker(ActorRolloutRefWorker):
         lengths = data["prompts"].offsets().diff().tolist()
         started = time.monotonic()
         marks = " ".join(map(str, speaker.marks))
-        tu.assign_non_tensor(data, compute_loss=False, **{TALKER_MARKS: marks})
+        # verl asks for a temperature; states do not depend on it.
+        tu.assign_non_tensor(data, compute_loss=False, temperature=1.0, **{TALKER_MARKS: marks})
         output = self.actor.infer_batch(data)
         seconds = time.monotonic() - started
         states = output[TALKER_STATES].unbind()

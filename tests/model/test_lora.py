@@ -209,10 +209,10 @@ def test_adapters_are_float32_beside_a_bfloat16_base(two_ranks: dict[str, Any]) 
 
 
 def test_the_table_counts_the_adapter(one_rank: dict[str, Any], random_stand_in: Path) -> None:
-    from soundmind.model.parts import table
+    from soundmind.model.parts import format_table, rows
 
     settings = {"audio_tower": False, "projector": False}
-    assert table(random_stand_in, settings, RANK) in one_rank["log"]
+    assert format_table(rows(random_stand_in, settings, RANK)) in one_rank["log"]
 
 
 def test_a_checkpoint_keeps_the_settings_of_its_adapter(run: dict[str, Any]) -> None:
