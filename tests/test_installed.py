@@ -96,6 +96,7 @@ def test_a_wheel_brings_its_configurations(python: Path, tmp_path: Path) -> None
     )
     assert result.returncode == 2, result.stdout + result.stderr
     assert "train.parquet not found" in result.stderr
+    assert "checkpoints/tiny not found. Make it with" in result.stderr  # and not asked of the Hub
     assert "Traceback" not in result.stderr
     brought = python.parents[1] / "share/soundmind/configs"
     wanted = {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")}

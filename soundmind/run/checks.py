@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,9 +41,9 @@ from soundmind.run.data_checks import (
 )
 from soundmind.run.lora_checks import lora_targets
 from soundmind.system.errors import UserError
+from soundmind.system.hub import is_hub_id
 
 VERL_VERSION = "0.9.1"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class CheckError(UserError, ValueError):
@@ -298,7 +297,7 @@ def model_folder(config: DictConfig) -> Iterator[str]:
         for fault in weight_faults(folder):
             yield f"actor_rollout_ref.model.path: {fault}; {again}"
         return
-    if HUB_ID.fullmatch(path) and not Path(path.split("/")[0]).exists():
+    if is_hub_id(path):
         return  # fetched from the Hub by the processes that load it
     yield f"actor_rollout_ref.model.path: {path} not found. Make it with: {model_command(config)}"
 

@@ -72,8 +72,12 @@ def _is_address(name: str) -> bool:
     return True
 
 
+# Wherever a command is started: `checkpoints/tiny` is never asked of the Hub.
+_OUR_FOLDERS = (("data",), ("checkpoints",), ("outputs",))
+
+
 def is_hub_id(data_dir: str) -> bool:
-    """`org/name` that is no local path; anything in `data` or another local folder is a path."""
+    """`org/name` that is no local path; anything in a folder of ours or in one that exists is a path."""
     path = Path(data_dir)
-    local = path.exists() or path.parent.exists() or path.parts[:1] == ("data",)
+    local = path.exists() or path.parent.exists() or path.parts[:1] in _OUR_FOLDERS
     return not local and _HUB_ID.fullmatch(data_dir) is not None

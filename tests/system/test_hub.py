@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from soundmind.system.hub import goes_through_a_proxy, hub_is_reachable
+from soundmind.system.hub import goes_through_a_proxy, hub_is_reachable, is_hub_id
 
 PROXY = "http://proxy:3128"
 CASES: list[dict[str, str]] = [
@@ -80,3 +81,14 @@ def test_a_proxy_of_any_kind_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert hub_is_reachable()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert not hub_is_reachable()
+
+
+def test_a_folder_of_ours_is_no_hub_id_wherever_the_command_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("Qwen/Qwen2.5-Omni-7B")
+    for path in ("checkpoints/tiny", "data/alr", "outputs/run", "./some/thing", "/org/name"):
+        assert not is_hub_id(path), path
+    (tmp_path / "Qwen").mkdir()
+    assert not is_hub_id("Qwen/Qwen2.5-Omni-7B")
