@@ -14,6 +14,7 @@ from alr_data import (  # noqa: F401  # fixtures: data folders made of noise
     make_huggingface,
     noise_clip,
 )
+from graded import log, plugin_module  # noqa: F401  # fixtures of the reward's tests
 from model_folders import with_spare_rows
 from processes import REPOSITORY, clean_environment
 
