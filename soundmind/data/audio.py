@@ -54,7 +54,6 @@ SOUND_WINDOWS = 3  # [ours] windows of 10 ms that must hold sound; a click is in
 MAX_PEAK = 10.0  # [ours] of full scale: floats may pass 1 a little, integers in disguise by far
 
 Waveform = npt.NDArray[np.float32]
-Samples = npt.NDArray[np.floating[Any]]
 
 
 class ClipError(UserError, ValueError):

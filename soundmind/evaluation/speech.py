@@ -61,8 +61,6 @@ TEXT, CODES, SOUND = "text.jsonl", "codes", "speech"
 ROUNDS = 4  # times the rows at once that go through the talker between two savings
 TRANSCRIBED = 16  # rows transcribed and saved together
 
-Step = Callable[[int], None]
-
 
 class SpokenEvaluation:
     """The stages of one evaluation."""

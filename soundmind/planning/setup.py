@@ -22,7 +22,6 @@ PUBLISHED_SECONDS = 62.33  # mean length of a training question (paper, table 3)
 # chat marks, and the written question where there is one (201 on average). Measured on the 606 dev
 # rows: python -m soundmind.preprocess --mode text --tokenizer <published folder>. [ours]
 TEXT_TOKENS = {"audio": 138, "text": 338, "dual": 339}
-PROMPT_TEXT_TOKENS = TEXT_TOKENS["audio"]
 # Mean of the annotated reasonings on the same rows, and so of the answers that are paid for. [ours]
 RESPONSE_TOKENS = 1056
 

@@ -22,7 +22,6 @@ AUDIO_TOWER_LINEARS = (
     "audio_tower.layers.0.fc2",
     "audio_tower.proj",
 )
-LANGUAGE_MODEL_LINEAR = "model.layers.0.self_attn.q_proj"
 
 
 def lora_targets(config: DictConfig) -> Iterator[str]:

@@ -42,14 +42,8 @@ def file_digest(path: Path) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody else writes to; `stale` finds those of killed processes."""
+    """A name beside `path` that nobody else writes to."""
     return path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
-
-
-def remove_stale(path: Path) -> None:
-    """Remove what killed processes left of `path`; for those who hold a lock on its folder."""
-    for left in path.parent.glob(f".{path.name[:200]}.*.tmp"):
-        left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

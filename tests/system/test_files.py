@@ -61,14 +61,6 @@ def test_a_second_holder_of_a_lock_is_told_of_the_first(tmp_path: Path) -> None:
         pass
 
 
-def test_what_a_killed_process_left_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    files.temporary_name(path).write_text("left")
-    files.temporary_name(tmp_path / "xy").write_text("of another file")
-    files.remove_stale(path)
-    assert [p.name[:4] for p in tmp_path.iterdir()] == [".xy."]
-
-
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_disk_without_locks_ends_commands_in_words(
     code: int,
