@@ -121,6 +121,7 @@ def test_an_old_version_that_stays_installed_is_named(python: Path, tmp_path: Pa
     (info / "entry_points.txt").write_text(
         "[verl.plugins]\nsoundmind = soundmind.verl_ext.plugin:load\n"
         "[vllm.general_plugins]\nsoundmind = soundmind.vllm_plugin:register\n"
+        "[torch.backends]\nsoundmind = soundmind.torch_backend:load\n"
     )
     code = (
         "from soundmind.plugin.environment import stale_installation; print(stale_installation())"
@@ -131,3 +132,5 @@ def test_an_old_version_that_stays_installed_is_named(python: Path, tmp_path: Pa
     assert "soundmind.verl_ext.plugin:load, of another version" in message
     assert ENTRY_POINTS["verl.plugins"] in message
     assert "pip install" in message
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; print('imported')"
+    assert "imported" in run(python, REPOSITORY, "-c", code).stdout
